@@ -1,0 +1,1 @@
+"""What the processes of drumline say to each other, and the arithmetic they share. Imports nothing else of ours."""

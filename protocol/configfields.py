@@ -1,0 +1,82 @@
+"""Typed reading of the fields of a JSON object that somebody else wrote."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from drumline.protocol.errors import InvalidConfig
+
+
+class ConfigFields:
+    """The fields of one JSON object; every method raises InvalidConfig that names the field and its file.
+
+    ``null`` and a missing field are the same. A field without a ``default`` is required.
+    """
+
+    def __init__(self, values: dict[str, Any], path: Path, prefix: str = "") -> None:
+        self._values = values
+        self._path = path
+        self._prefix = prefix
+
+    def raw(self, name: str) -> Any:
+        """The value as JSON gave it, None when absent."""
+        return self._values.get(name)
+
+    def invalid(self, name: str, found: object, valid: str) -> InvalidConfig:
+        """The error that says ``name`` of this file cannot be ``found``."""
+        field = self._prefix + name
+        shown = repr(found)
+        shown = shown if len(shown) <= 200 else shown[:200] + "..."
+        return InvalidConfig(field, shown, valid, f"{self._path}: {field}: found {shown}; valid: {valid}")
+
+    def inside(self, name: str) -> ConfigFields:
+        """The fields of the object that stands at ``name``."""
+        value = self._values.get(name)
+        if not isinstance(value, dict):
+            raise self.invalid(name, value, "an object")
+        return ConfigFields(value, self._path, f"{self._prefix}{name}.")
+
+    def integer(self, name: str, *, minimum: int, default: int | None = None) -> int:
+        """A whole number of at least ``minimum`` (and below 2**31, so that every product of two stays exact)."""
+        value = self._values.get(name)
+        if value is None:
+            value = default
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 1 << 31:
+            raise self.invalid(name, value, f"a whole number, {minimum} to {(1 << 31) - 1}")
+        return value
+
+    def number(self, name: str, *, above: float, default: float | None = None) -> float:
+        """A finite number greater than ``above``."""
+        value = self._values.get(name)
+        if value is None:
+            value = default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.invalid(name, value, f"a number above {above:g}")
+        # The comparison comes first: a whole number too large for a float must not get as far as float().
+        if not above < value < 1e300 or not math.isfinite(value):
+            raise self.invalid(name, value, f"a finite number above {above:g}")
+        return float(value)
+
+    def boolean(self, name: str, *, default: bool) -> bool:
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.invalid(name, value, "true or false")
+        return value
+
+    def integers(self, name: str, *, minimum: int, limit: int, single: bool) -> tuple[int, ...] | None:
+        """A list of whole numbers from ``minimum`` to ``limit`` - 1 (``single``: or one alone), None when absent."""
+        value = self._values.get(name)
+        if value is None:
+            return None
+        items = [value] if single and not isinstance(value, list) else value
+        valid = f"{'a whole number or a list' if single else 'a list'} of whole numbers, {minimum} to {limit - 1}"
+        if not isinstance(items, list):
+            raise self.invalid(name, value, valid)
+        for item in items:
+            if not isinstance(item, int) or isinstance(item, bool) or not minimum <= item < limit:
+                raise self.invalid(name, item, valid)
+        return tuple(items)

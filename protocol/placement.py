@@ -1,0 +1,102 @@
+"""Which logical expert each physical slot holds, and the maps that follow from it. numpy only.
+
+A placement is int32 (moe_layers, physical slots); slots are numbered rank by rank, each rank's own contiguous, as many
+as :func:`~drumline.protocol.layout.slots_per_rank` gives it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import msgspec
+import numpy as np
+
+from drumline.protocol.errors import InvalidConfig
+from drumline.protocol.layout import PLACEMENT_STRATEGIES, slots_per_rank
+
+I32: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
+
+
+def initial_placement(num_moe_layers: int, num_experts: int, ep_size: int, strategy: str = "linear") -> I32:
+    """The placement that a model starts with, int32 (num_moe_layers, num_experts), one slot per expert.
+
+    ``linear`` gives rank 0 the first experts, rank 1 the next, and so on; ``round_robin`` gives rank r the experts r,
+    r + ep_size, r + 2 * ep_size... Both give the first ``num_experts % ep_size`` ranks one more. Raises InvalidConfig.
+    """
+    if num_moe_layers < 0:
+        raise InvalidConfig("num_moe_layers", num_moe_layers, "a whole number from 0")
+    if not 1 <= ep_size <= max(num_experts, 1):
+        raise InvalidConfig("ep_size", ep_size, f"1 to {num_experts} (each rank needs an expert)")
+    if strategy == "linear":
+        layer = np.arange(num_experts, dtype=np.int32)
+    elif strategy == "round_robin":
+        layer = np.concatenate([np.arange(r, num_experts, ep_size, dtype=np.int32) for r in range(ep_size)])
+    else:
+        raise InvalidConfig("expert_placement_strategy", strategy, "one of " + ", ".join(PLACEMENT_STRATEGIES))
+    return np.ascontiguousarray(np.broadcast_to(layer, (num_moe_layers, num_experts)))
+
+
+class PlacementMaps(msgspec.Struct, frozen=True, eq=False):
+    """A placement and what follows from it; all arrays int32 and read-only.
+
+    ``physical_to_logical`` (layers, slots); ``logical_to_physical`` (layers, experts, most copies), the slots that hold
+    an expert, ascending, padded with -1; ``logical_replica_count`` (layers, experts); ``slot_rank`` (slots,), the ep
+    rank that owns each slot; ``rank_offsets`` (ep_size + 1,), rank r owns slots rank_offsets[r] to rank_offsets[r + 1].
+    """
+
+    physical_to_logical: I32
+    logical_to_physical: I32
+    logical_replica_count: I32
+    slot_rank: I32
+    rank_offsets: I32
+
+    @classmethod
+    def build(cls, physical_to_logical: I32, num_experts: int, ep_size: int) -> PlacementMaps:
+        """Check a placement and derive its maps.
+
+        Raises InvalidConfig when an entry is not an expert or a layer lacks one, naming layer and expert.
+        """
+        placement = np.asarray(physical_to_logical)
+        if placement.ndim != 2 or not np.issubdtype(placement.dtype, np.integer):
+            raise InvalidConfig("placement", f"{placement.dtype} {placement.shape}", "int32 (moe layers, slots)")
+        _check_experts(placement, num_experts)
+        placement = placement.astype(np.int32)
+        layers, slots = placement.shape
+        counts = np.zeros((layers, num_experts), dtype=np.int32)
+        layer_index = np.repeat(np.arange(layers), slots)
+        np.add.at(counts, (layer_index, placement.ravel()), 1)
+        if counts.size and counts.min() == 0:
+            layer, expert = np.argwhere(counts == 0)[0]
+            raise InvalidConfig("placement", f"no slot for expert {expert} of MoE layer {layer}", "one or more")
+
+        # Stable: the copies of an expert stand in slot order. The n-th of each run is its n-th copy.
+        order = np.argsort(placement, axis=1, kind="stable")
+        experts = np.take_along_axis(placement, order, axis=1)
+        first = np.cumsum(counts, axis=1) - counts
+        copy = np.arange(slots)[None, :] - np.take_along_axis(first, experts, axis=1) if slots else order
+        logical = np.full((layers, num_experts, int(counts.max(initial=1))), -1, dtype=np.int32)
+        logical[layer_index, experts.ravel(), copy.ravel()] = order.ravel()
+
+        share = np.array(slots_per_rank(slots, ep_size), dtype=np.int32)
+        offsets = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(share, dtype=np.int32)])
+        slot_rank = np.repeat(np.arange(ep_size, dtype=np.int32), share)
+        maps = cls(placement, logical, counts, slot_rank, offsets)
+        for array in (placement, logical, counts, slot_rank, offsets):
+            array.setflags(write=False)
+        return maps
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.slot_rank.shape[0])
+
+    def local_slots(self, ep_rank: int) -> range:
+        """The physical slots that ``ep_rank`` owns."""
+        return range(int(self.rank_offsets[ep_rank]), int(self.rank_offsets[ep_rank + 1]))
+
+
+def _check_experts(placement: np.ndarray[Any, np.dtype[Any]], num_experts: int) -> None:
+    wrong = (placement < 0) | (placement >= num_experts)
+    if wrong.any():
+        layer, slot = np.argwhere(wrong)[0]
+        found = f"expert {placement[layer, slot]} in slot {slot} of MoE layer {layer}"
+        raise InvalidConfig("placement", found, f"0 to {num_experts - 1}")

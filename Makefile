@@ -1,0 +1,49 @@
+# Every target makes .venv first if it is missing or older than the lists of dependencies.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+MINUTES ?= 1
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
+BIN := .venv/bin
+STAMP := .venv/.installed
+SOAKS := $(shell sed -n 's/^\(soak-[a-z0-9-]*\):.*/\1/p' Makefile)
+
+.PHONY: demo test check fix bench soak $(SOAKS) clean
+
+demo: $(STAMP)  ## the trained model writes text over two rank processes
+	$(BIN)/drumline generate --model demo -dp 2 --enable-expert-parallel \
+	    --prompt 'The "with" statement is used to' \
+	    --prompt 'Return a list of the names' \
+	    --prompt $$'def main():\n    parser = argparse.ArgumentParser(' \
+	    --max-tokens 96 --temperature 0.7 --seed 7
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## only looks
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+fix: $(STAMP)  ## repairs what can be repaired
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(STAMP)
+	$(BIN)/drumline bench scheduler
+
+soak: $(SOAKS)  ## each soak-* target for MINUTES
+
+soak-sim: $(STAMP)
+	$(BIN)/python -m tests.simulation.soak --minutes $(MINUTES)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("drumline needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (torch is large; this takes some minutes once)"
+	@$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' \
+	    | sed -un -E 's/^(Collecting|Downloading|Building|Installing)([^(]*).*/  \1\2/p'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find engine workers protocol tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

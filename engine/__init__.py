@@ -1,0 +1,53 @@
+"""The engine's side of drumline: embed it with :class:`AsyncEngine`.
+
+Names are imported when they are first used, so that the coordinator and the supervisor, which are modules of this
+package too, start without the client library and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from drumline.engine.client import AsyncEngine
+    from drumline.engine.config import CacheConfig, EngineConfig, FaultConfig, ParallelConfig, SchedulerConfig
+    from drumline.engine.outputs import Logprob, RankReply, RequestOutput
+    from drumline.engine.sampling_params import SamplingParams
+
+__all__ = [
+    "AsyncEngine",
+    "CacheConfig",
+    "EngineConfig",
+    "FaultConfig",
+    "Logprob",
+    "ParallelConfig",
+    "RankReply",
+    "RequestOutput",
+    "SamplingParams",
+    "SchedulerConfig",
+]
+
+_HOMES = {
+    "AsyncEngine": "client",
+    "CacheConfig": "config",
+    "EngineConfig": "config",
+    "FaultConfig": "config",
+    "ParallelConfig": "config",
+    "SchedulerConfig": "config",
+    "Logprob": "outputs",
+    "RankReply": "outputs",
+    "RequestOutput": "outputs",
+    "SamplingParams": "sampling_params",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

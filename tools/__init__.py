@@ -1,0 +1,1 @@
+"""Programs for building and measuring the project; not part of the installed package."""

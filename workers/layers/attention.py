@@ -1,0 +1,112 @@
+"""Causal attention with grouped query heads over paged keys and values.
+
+The cache of a layer is (kv heads, blocks, block size, head dim): a gather of blocks then gives, for each kv head, the
+keys of a sequence in one contiguous piece, and the query heads that share it are the rows of one matrix product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(slots=True, frozen=True)
+class PrefillSequence:
+    """One sequence that computes several tokens: rows ``start`` to ``end`` of the step's tokens.
+
+    ``blocks``: int64 (blocks,) that hold its ``context`` tokens, those of this step included. ``mask``: bool
+    (end - start, context), true where a token may look, or None when the sequence starts here and is plainly causal.
+    """
+
+    start: int
+    end: int
+    context: int
+    blocks: Tensor
+    mask: Tensor | None
+
+
+@dataclass(slots=True, frozen=True)
+class DecodeRows:
+    """The sequences that compute one token, ``count`` of them.
+
+    ``blocks``: int64 (count * width,), padded with any valid block to the width of the longest. ``bias``: float32
+    (kv heads * count, 1, width * block_size), 0 where a sequence has tokens and -inf beyond, repeated for each kv head.
+    """
+
+    count: int
+    blocks: Tensor
+    bias: Tensor
+
+
+@dataclass(slots=True, frozen=True)
+class AttentionInputs:
+    """What every layer of a step needs to know of its tokens: first the single ones of ``decode``, then the prefills.
+
+    ``slots``: int64 (n,), where each token's keys and values go: block * block_size + offset.
+    """
+
+    slots: Tensor
+    decode: DecodeRows | None
+    prefills: tuple[PrefillSequence, ...]
+
+
+class PagedAttention:
+    """Attention of one layer. Holds no weights; ``keys`` and ``values`` are the layer's part of the cache."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.group = num_heads // num_kv_heads
+        self.scale = head_dim**-0.5
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, inputs: AttentionInputs
+    ) -> Tensor:
+        """Write the step's keys and values, then attend.
+
+        ``q`` (n, heads, head_dim), ``k`` and ``v`` (n, kv heads, head_dim), ``keys`` and ``values`` (kv heads, blocks,
+        block size, head_dim). Returns (n, heads * head_dim).
+        """
+        keys.flatten(1, 2).index_copy_(1, inputs.slots, k.transpose(0, 1))
+        values.flatten(1, 2).index_copy_(1, inputs.slots, v.transpose(0, 1))
+        parts = []
+        if inputs.decode is not None:
+            parts.append(self._decode(q[: inputs.decode.count], keys, values, inputs.decode))
+        parts.extend(self._prefill(q, k, v, keys, values, sequence) for sequence in inputs.prefills)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, decode: DecodeRows) -> Tensor:
+        rows, heads, dim = decode.count, self.num_kv_heads, self.head_dim
+        gathered_keys = keys.index_select(1, decode.blocks).view(heads * rows, -1, dim)
+        gathered_values = values.index_select(1, decode.blocks).view(heads * rows, -1, dim)
+        grouped = q.view(rows, heads, self.group, dim).transpose(0, 1).reshape(heads * rows, self.group, dim)
+        scores = torch.baddbmm(decode.bias, grouped, gathered_keys.transpose(1, 2), alpha=self.scale)
+        out = torch.bmm(scores.softmax(-1), gathered_values)
+        return out.view(heads, rows, self.group, dim).transpose(0, 1).reshape(rows, -1)
+
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, sequence: PrefillSequence
+    ) -> Tensor:
+        start, end = sequence.start, sequence.end
+        count, heads, dim = end - start, self.num_kv_heads, self.head_dim
+        # (kv heads, group, count, dim) against (kv heads, 1, context, dim): the group shares keys without a copy.
+        grouped = q[start:end].view(count, heads, self.group, dim).permute(1, 2, 0, 3)
+        if sequence.mask is None:
+            own_keys, own_values = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)
+        else:
+            own_keys = keys.index_select(1, sequence.blocks).flatten(1, 2)[:, : sequence.context]
+            own_values = values.index_select(1, sequence.blocks).flatten(1, 2)[:, : sequence.context]
+        shape = (heads, self.group, own_keys.shape[1], dim)
+        out = F.scaled_dot_product_attention(
+            grouped,
+            own_keys.unsqueeze(1).expand(shape),
+            own_values.unsqueeze(1).expand(shape),
+            attn_mask=sequence.mask,
+            is_causal=sequence.mask is None,
+            scale=self.scale,
+        )
+        return out.permute(2, 0, 1, 3).reshape(count, -1)

@@ -1,0 +1,242 @@
+"""Drives model runners with hand-made steps, as a coordinator would: chunks, evictions, re-admissions, shared blocks.
+
+Several runners are the replicas of one lockstep group; their steps are planned together and run in threads.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drumline.protocol.messages import Admit, LogprobEntry, SamplingSpec, Step, WorkerConfig
+from drumline.protocol.modelspec import ModelSpec
+from drumline.protocol.placement import initial_placement
+from drumline.workers.layers import ExpertExchange
+from drumline.workers.model_runner import ModelRunner, StepOutput
+
+STEP_DEADLINE_S = 30.0
+
+
+def worker_config(folder: Path, **changes: Any) -> WorkerConfig:
+    values: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": "auto",
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+        "block_size": 8,
+        "num_blocks": 1024,
+        "kv_cache_memory_bytes": 0,
+        "gpu_memory_utilization": 0.9,
+        "data_parallel_size": 1,
+    }
+    return WorkerConfig(**(values | changes))
+
+
+def loaded_runner(
+    config: WorkerConfig,
+    *,
+    ep_rank: int = 0,
+    ep_size: int = 1,
+    strategy: str = "linear",
+    exchange: ExpertExchange | None = None,
+) -> ModelRunner:
+    """A runner with its weights and its cache, ready for the first step."""
+    spec = ModelSpec.from_folder(config.model)
+    runner = ModelRunner(config, spec, torch.device("cpu"), ep_rank, ep_size)
+    runner.load(initial_placement(len(spec.moe_layers), spec.num_experts, ep_size if spec.is_moe else 1, strategy))
+    runner.init_kv_cache()
+    if exchange is not None:
+        runner.set_exchange(exchange)
+    return runner
+
+
+@dataclass
+class Stream:
+    """One sequence and what came of it. ``logits``: one row per generated token."""
+
+    prompt: list[int]
+    max_tokens: int
+    sampling: SamplingSpec = SamplingSpec(temperature=0.0)
+    generated: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    logprobs: list[LogprobEntry] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    decoding: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.generated
+
+    @property
+    def done(self) -> bool:
+        return len(self.generated) >= self.max_tokens
+
+
+class _Replica:
+    """One runner's rows as the planner sees them."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        self.rows: dict[int, Stream] = {}
+        self.waiting: list[Stream] = []
+        self.free = list(range(runner.batch.num_blocks - 1, -1, -1))
+        self.cached: dict[tuple[int, ...], int] = {}
+        self.captured: list[Tensor] = []
+        self.dummy_steps = 0
+        original = runner.model.logits
+
+        def capture(hidden: Tensor) -> Tensor:
+            logits = original(hidden)
+            self.captured.append(logits.clone())
+            return logits
+
+        mock.patch.object(runner.model, "logits", capture).start()
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self.waiting) or any(not stream.done for stream in self.rows.values())
+
+
+class StepDriver:
+    """Runs streams to their end. ``evict_chance`` per step and replica; ``share_prefixes`` reuses computed blocks."""
+
+    def __init__(
+        self, runners: Sequence[ModelRunner], *, seed: int = 0, evict_chance: float = 0.0, share_prefixes: bool = False
+    ) -> None:
+        self.replicas = [_Replica(runner) for runner in runners]
+        self.random = random.Random(seed)
+        self.evict_chance = evict_chance
+        self.share_prefixes = share_prefixes
+        self.step = 0
+        self.counts = {"chunks": 0, "evictions": 0, "cached_tokens": 0, "mixed_steps": 0, "dummy_steps": 0}
+
+    def close(self) -> None:
+        mock.patch.stopall()
+
+    def run(self, streams_of_replicas: Sequence[Sequence[Stream]]) -> None:
+        """Run ``streams_of_replicas[i]`` on runner i until all are done."""
+        for replica, streams in zip(self.replicas, streams_of_replicas, strict=True):
+            replica.waiting.extend(streams)
+        with ThreadPoolExecutor(len(self.replicas)) as threads:
+            while any(replica.unfinished for replica in self.replicas):
+                self._run_step(threads)
+
+    def _run_step(self, threads: ThreadPoolExecutor) -> None:
+        plans = [self._plan(replica) for replica in self.replicas]
+        counts = np.array([sum(computes.values()) for _, computes in plans], dtype=np.int32)
+        self.counts["dummy_steps"] += int((counts == 0).sum())
+        self.step += 1
+        runs = []
+        for number, (replica, (parts, _)) in enumerate(zip(self.replicas, plans, strict=True)):
+            step = Step(term=1, epoch=1, wave=1, step=self.step, num_tokens_across_dp=counts, **parts)
+            runs.append(threads.submit(replica.runner.execute, step, number))
+        for replica, (_, computes), run in zip(self.replicas, plans, runs, strict=True):
+            self._apply(replica, computes, run.result(STEP_DEADLINE_S))
+
+    def _plan(self, replica: _Replica) -> tuple[dict[str, Any], dict[int, int]]:
+        """The changing parts of a step, and how many tokens each row computes in it."""
+        evicted = self._evict(replica)
+        admitted = self._admit(replica)
+        budget = self.random.choice((16, 40, replica.runner.config.max_num_batched_tokens))
+        computes = {row: 1 for row, stream in replica.rows.items() if stream.decoding and not stream.done}
+        prefills: dict[int, int] = {}
+        for row, stream in replica.rows.items():
+            left = len(stream.tokens) - stream.computed
+            room = budget - sum(computes.values())
+            if not stream.decoding and room > 0:
+                prefills[row] = computes[row] = min(left, room)
+                self.counts["chunks"] += left > room
+        # Rows that are done stay until they are evicted; they are told to wait.
+        waits = {row: 0 for row, stream in replica.rows.items() if stream.decoding and stream.done}
+        self.counts["mixed_steps"] += 0 < len(prefills) < len(computes)
+        appended = [pair for row, count in computes.items() for pair in self._append(replica, row, count)]
+        named = prefills | waits
+        parts = {
+            "evicted": _int32(evicted),
+            "admitted": tuple(admitted),
+            "append_rows": _int32([row for row, _ in appended]),
+            "append_blocks": _int32([block for _, block in appended]),
+            "prefill_rows": _int32(list(named)),
+            "prefill_counts": _int32(list(named.values())),
+        }
+        return parts, computes
+
+    def _evict(self, replica: _Replica) -> list[int]:
+        leaving = [row for row, stream in replica.rows.items() if stream.done]
+        running = [row for row in replica.rows if row not in leaving]
+        if running and self.random.random() < self.evict_chance:
+            row = self.random.choice(running)
+            leaving.append(row)
+            self.counts["evictions"] += 1
+            replica.waiting.append(replica.rows[row])
+        for row in leaving:
+            stream = replica.rows.pop(row)
+            kept = set(replica.cached.values())
+            replica.free.extend(block for block in stream.blocks if block not in kept)
+            stream.blocks, stream.computed, stream.decoding = [], 0, False
+        return leaving
+
+    def _admit(self, replica: _Replica) -> list[Admit]:
+        admitted = []
+        free_rows = [row for row in range(replica.runner.config.max_num_seqs) if row not in replica.rows]
+        self.random.shuffle(free_rows)
+        while replica.waiting and free_rows:
+            stream, row = replica.waiting.pop(0), free_rows.pop()
+            replica.rows[row] = stream
+            if self.share_prefixes:
+                stream.blocks = self._cached_blocks(replica, stream.tokens)
+            stream.computed = len(stream.blocks) * replica.runner.config.block_size
+            self.counts["cached_tokens"] += stream.computed
+            tokens, blocks = _int32(stream.tokens), _int32(stream.blocks)
+            admitted.append(Admit(row, tokens, len(stream.prompt), stream.computed, blocks, stream.sampling))
+        return admitted
+
+    def _cached_blocks(self, replica: _Replica, tokens: list[int]) -> list[int]:
+        size, blocks = replica.runner.config.block_size, []
+        for end in range(size, len(tokens), size):
+            block = replica.cached.get(tuple(tokens[:end]))
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def _append(self, replica: _Replica, row: int, count: int) -> list[tuple[int, int]]:
+        stream, size = replica.rows[row], replica.runner.config.block_size
+        pairs = []
+        while len(stream.blocks) * size < stream.computed + count:
+            stream.blocks.append(replica.free.pop())
+            pairs.append((row, stream.blocks[-1]))
+        return pairs
+
+    def _apply(self, replica: _Replica, computes: dict[int, int], output: StepOutput) -> None:
+        logprobs = dict(zip(output.logprob_index.tolist(), output.logprobs, strict=True))
+        size, sampled = replica.runner.config.block_size, 0
+        for row in sorted(computes):
+            stream = replica.rows[row]
+            stream.computed += computes[row]
+            for end in range(size, stream.computed + 1, size):
+                replica.cached.setdefault(tuple(stream.tokens[:end]), stream.blocks[end // size - 1])
+            if stream.computed == len(stream.tokens):
+                stream.generated.append(int(output.tokens[sampled]))
+                stream.logits.append(replica.captured[-1][sampled])
+                if sampled in logprobs:
+                    stream.logprobs.append(logprobs[sampled])
+                stream.decoding = True
+                sampled += 1
+        assert sampled == len(output.tokens)
+        replica.captured.clear()
+
+
+def _int32(values: list[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.array(values, dtype=np.int32)

@@ -1,0 +1,108 @@
+"""Control calls to all ranks on behalf of a client, each with a deadline of its own; no I/O.
+
+Every call to a rank has an id of its own, so that a late reply is dropped and counted, never taken for another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from drumline.protocol.errors import ErrorInfo
+from drumline.protocol.messages import Call, CallRanks, CallRanksResult, CallResult, RankAnswer
+
+MAX_OPEN = 1024
+MAX_TIMEOUT_S = 3600.0
+METHODS = ("ping", "stats")
+
+
+@dataclass(slots=True)
+class OpenCall:
+    """A call of one client. ``waiting``: rank by the call id that it was sent under."""
+
+    connection: int
+    client_call_id: int
+    method: str
+    deadline: float
+    timeout_s: float
+    waiting: dict[int, int] = field(default_factory=dict)
+    answers: dict[int, RankAnswer] = field(default_factory=dict)
+
+    def result(self) -> CallRanksResult:
+        return CallRanksResult(self.client_call_id, tuple(answer for _, answer in sorted(self.answers.items())))
+
+
+class RankCalls:
+    """Calls in flight. Methods return the calls that are complete, with the connection to tell."""
+
+    def __init__(self, term: int) -> None:
+        self._term = term
+        self._next_id = 1
+        self._by_id: dict[int, OpenCall] = {}
+        self.late_replies = 0
+
+    @property
+    def next_deadline(self) -> float | None:
+        return min((call.deadline for call in self._by_id.values()), default=None)
+
+    def open(
+        self, connection: int, message: CallRanks, epochs: Mapping[int, int], now: float
+    ) -> tuple[OpenCall, list[tuple[int, Call]]] | ErrorInfo:
+        """Call every rank of ``epochs`` (epoch by rank). Returns the call and what to send, or why it is refused."""
+        if message.method not in METHODS:
+            return _refusal("method", message.method[:200], "one of " + ", ".join(METHODS))
+        if not 0.0 < message.timeout_s <= MAX_TIMEOUT_S:
+            return _refusal("timeout_s", repr(message.timeout_s), f"above 0, at most {MAX_TIMEOUT_S:g}")
+        if len(self._by_id) >= MAX_OPEN:
+            return ErrorInfo(kind="queue_full", text=f"{len(self._by_id)} calls to ranks are open", retryable=True)
+        call = OpenCall(connection, message.call_id, message.method, now + message.timeout_s, message.timeout_s)
+        sends: list[tuple[int, Call]] = []
+        for rank, epoch in epochs.items():
+            call_id = self._next_id
+            self._next_id += 1
+            call.waiting[call_id] = rank
+            self._by_id[call_id] = call
+            sends.append((rank, Call(self._term, epoch, call_id, message.method, message.args)))
+        return call, sends
+
+    def answer(self, message: CallResult) -> OpenCall | None:
+        """A rank answered. Returns the call if that completes it."""
+        call = self._by_id.get(message.call_id)
+        if call is None or call.waiting.get(message.call_id) != message.rank:
+            self.late_replies += 1
+            return None
+        answer = RankAnswer(message.rank, message.ok, message.value, message.error)
+        return self._settle(call, message.call_id, answer)
+
+    def unreachable(self, rank: int, text: str) -> list[OpenCall]:
+        """``rank`` will not answer. Returns the calls that this completes."""
+        lost = [(call_id, call) for call_id, call in self._by_id.items() if call.waiting.get(call_id) == rank]
+        error = ErrorInfo(kind="request_failed", text=text, rank=rank)
+        done = [self._settle(call, call_id, RankAnswer(rank, False, b"", error)) for call_id, call in lost]
+        return [call for call in done if call is not None]
+
+    def expire(self, now: float) -> list[OpenCall]:
+        """Calls whose deadline has passed, complete with an error for every rank that did not answer."""
+        late = {id(call): call for call in self._by_id.values() if call.deadline <= now}
+        for call in late.values():
+            for call_id, rank in list(call.waiting.items()):
+                text = f"rank {rank} did not answer {call.method} within {call.timeout_s:g} s"
+                error = ErrorInfo(kind="request_failed", text=text, rank=rank, retryable=True)
+                self._settle(call, call_id, RankAnswer(rank, False, b"", error))
+        return list(late.values())
+
+    def drop_connection(self, connection: int) -> None:
+        """The client is gone: what still comes for it counts as late."""
+        for call_id in [call_id for call_id, call in self._by_id.items() if call.connection == connection]:
+            del self._by_id[call_id]
+
+    def _settle(self, call: OpenCall, call_id: int, answer: RankAnswer) -> OpenCall | None:
+        call.waiting.pop(call_id, None)
+        self._by_id.pop(call_id, None)
+        call.answers[answer.rank] = answer
+        return call if not call.waiting else None
+
+
+def _refusal(name: str, found: str, valid: str) -> ErrorInfo:
+    text = f"{name}: found {found}; valid: {valid}"
+    return ErrorInfo(kind="invalid_request", text=text, field=name, found=found, valid=valid)

@@ -1,0 +1,176 @@
+"""The coordinator's side towards clients: their ROUTER, and what each of their messages asks of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import zmq
+
+from drumline.engine.client_connections import ClientConnection, Connections
+from drumline.engine.core.engine_core import EngineCore
+from drumline.protocol.codec import Codec
+from drumline.protocol.errors import ErrorInfo
+from drumline.protocol.messages import (
+    PROTOCOL_VERSION,
+    Accepted,
+    Ack,
+    BeatClient,
+    CallRanks,
+    Cancel,
+    Failed,
+    FromClient,
+    Goodbye,
+    HelloClient,
+    Rejected,
+    Resume,
+    Resumed,
+    StatusQuery,
+    StatusReport,
+    Stop,
+    Submit,
+    ToClient,
+)
+from drumline.protocol.sockets import Router, SendResult
+
+HWM = 4096
+MAX_FRAME_BYTES = 64 << 20
+
+
+class ServingEngine(Protocol):
+    """What the port asks of the coordinator."""
+
+    @property
+    def core(self) -> EngineCore | None:
+        """None until every group is ready."""
+
+    def refusal(self) -> ErrorInfo | None:
+        """Why nothing is admitted now, None while the engine serves."""
+
+    def status_json(self, now: float) -> bytes:
+        """The engine's status."""
+
+    def call_ranks(self, connection: ClientConnection, message: CallRanks, now: float) -> None:
+        """Run a control call on every rank and answer the connection."""
+
+    def greet(self, connection: ClientConnection) -> None:
+        """Tell a client how far the engine is."""
+
+    def client_left(self, connection: ClientConnection, now: float) -> None:
+        """A client is gone: its requests are to be cancelled."""
+
+    def changed(self, now: float) -> None:
+        """Work arrived or was taken away: plan and send what there is."""
+
+
+class ClientPort:
+    """The clients of one engine."""
+
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, engine: ServingEngine, read_clock: Callable[[], float]
+    ) -> None:
+        self._engine = engine
+        self._now = read_clock
+        self.router: Router[FromClient] = Router(
+            context, endpoint, Codec(FromClient), hwm=HWM, max_frame_bytes=MAX_FRAME_BYTES
+        )
+        self.connections = Connections(self._send)
+        self.unknown_peers = 0
+        self.refused_hellos = 0
+
+    def _send(self, identity: bytes, message: ToClient) -> SendResult:
+        return self.router.send(identity, message)
+
+    async def serve(self) -> None:
+        """Receive until cancelled."""
+        while True:
+            identity, message = await self.router.recv()
+            now = self._now()
+            if isinstance(message, HelloClient):
+                self._hello(identity, message, now)
+                continue
+            connection = self.connections.of(identity)
+            if connection is None:
+                self.unknown_peers += 1
+                continue
+            connection.heard_at = now
+            self._handle(connection, message, now)
+
+    def _hello(self, identity: bytes, message: HelloClient, now: float) -> None:
+        refusal: ErrorInfo | None = None
+        if message.version != PROTOCOL_VERSION:
+            text = f"the client speaks protocol version {message.version}, the coordinator speaks {PROTOCOL_VERSION}"
+            refusal = ErrorInfo(kind="protocol", text=text)
+        elif self.connections.full and self.connections.of(identity) is None:
+            text = f"{len(self.connections)} clients are connected, the most there may be"
+            refusal = ErrorInfo(kind="queue_full", text=text, retryable=True)
+        if refusal is not None:
+            self.refused_hellos += 1
+            self.router.send(identity, Failed("", refusal))
+            return
+        self._engine.greet(self.connections.open(identity, message.client_id[:200], now))
+
+    def _handle(self, connection: ClientConnection, message: FromClient, now: float) -> None:
+        if isinstance(message, Submit):
+            self._submit(connection, message, now)
+        elif isinstance(message, Ack):
+            core = self._engine.core
+            for request_id in self.connections.ack(connection, message.frame):
+                if core is not None:
+                    core.forget(request_id)
+        elif isinstance(message, BeatClient):
+            connection.beats = True
+        elif isinstance(message, Stop | Cancel | Resume):
+            self._about_request(connection, message, now)
+        elif isinstance(message, StatusQuery):
+            self.connections.reply(connection, StatusReport(message.call_id, self._engine.status_json(now)))
+        elif isinstance(message, CallRanks):
+            self._engine.call_ranks(connection, message, now)
+        elif isinstance(message, Goodbye):
+            self.connections.remove(connection)
+            self._engine.client_left(connection, now)
+
+    def _submit(self, connection: ClientConnection, message: Submit, now: float) -> None:
+        core, refusal = self._engine.core, self._engine.refusal()
+        if core is None or refusal is not None:
+            refusal = refusal or ErrorInfo(kind="engine_closed", text="the engine has no core")
+            self.connections.reply(connection, Rejected(message.call_id, message.request_id, refusal))
+            return
+        answer = core.submit(connection.number, message, now)
+        if isinstance(answer, Accepted):
+            self.connections.accepted(connection, answer.request_id, len(answer.handles))
+        self.connections.reply(connection, answer)
+        self._engine.changed(now)
+
+    def _about_request(self, connection: ClientConnection, message: Stop | Cancel | Resume, now: float) -> None:
+        core = self._engine.core
+        if core is None:
+            if not isinstance(message, Stop):
+                error = self._engine.refusal() or ErrorInfo(kind="engine_closed", text="the engine has no core")
+                self.connections.reply(connection, Rejected(message.call_id, message.request_id, error))
+            return
+        if isinstance(message, Stop):
+            core.stop(connection.number, message)
+        elif isinstance(message, Cancel):
+            core.cancel(connection.number, message, now)
+        else:
+            answer = core.resume(connection.number, message)
+            if not isinstance(answer, Resumed):
+                self.connections.reply(connection, answer)
+            elif self.connections.resumed(connection, answer):
+                core.forget(message.request_id)
+        self._engine.changed(now)
+
+    def deliver(self, core: EngineCore) -> None:
+        """Send what the core has for clients."""
+        for output in core.outputs():
+            self.connections.deliver(output)
+
+    def tick(self, now: float) -> None:
+        """Clients that fell silent or went away, and replies that wait for room."""
+        self.connections.flush()
+        for connection in [*self.connections.silent(now), *self.connections.take_gone()]:
+            self._engine.client_left(connection, now)
+
+    def close(self) -> None:
+        self.router.close()

@@ -1,0 +1,484 @@
+"""Who belongs to the engine, and how an epoch forms: messages in, messages out, with deadlines; no I/O.
+
+A start: the supervisor says hello; every rank is spawned with a launch token drawn for it alone; its Hello is checked
+(token, version, incarnation) and welcomed. When all ranks of a lockstep group are there, the group's epoch forms:
+``OpenStore`` to its first rank when there is more than one, ``StoreReady``, ``Configure`` to all, ``Ready`` from all
+with the digest that each computed of its configuration. Every arrow has a deadline; who misses it is lost.
+
+Identity is (rank, incarnation). A launch token admits one incarnation: a second Hello with it is refused and counted,
+as is everything from a peer that has not said Hello, that speaks for another rank, or that belongs to an older
+(term, epoch).
+"""
+
+from __future__ import annotations
+
+import enum
+import hmac
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from drumline.engine.core.evidence import Evidence, Loss
+from drumline.protocol.errors import ErrorInfo
+from drumline.protocol.messages import (
+    I32,
+    PROTOCOL_VERSION,
+    BeatWorker,
+    CallResult,
+    Configure,
+    Exited,
+    Fault,
+    FromWorker,
+    HelloSupervisor,
+    HelloWorker,
+    Member,
+    OpenStore,
+    Ready,
+    Spawn,
+    Spawned,
+    StepDone,
+    StoreReady,
+    ToSupervisor,
+    ToWorker,
+    WelcomeWorker,
+    WorkerConfig,
+)
+
+SILENCE_S = 10.0
+"""A rank that has said Hello and is not heard for so long is lost; it beats every second."""
+
+
+class RankState(enum.StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DEAD = "dead"
+
+
+class GroupStage(enum.IntEnum):
+    """How far the epoch of a lockstep group has come."""
+
+    GATHERING = 0
+    OPENING_STORE = 1
+    FORMING = 2
+    OPEN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ToPeer:
+    """Send ``message`` to ``rank`` at the socket identity ``peer``."""
+
+    rank: int
+    peer: bytes
+    message: ToWorker
+
+
+@dataclass(frozen=True, slots=True)
+class ToOwner:
+    """Send ``message`` to the supervisor at the socket identity ``peer``."""
+
+    peer: bytes
+    message: ToSupervisor
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """``rank`` has read ``done`` of ``total`` bytes of weights."""
+
+    rank: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpochReady:
+    """Every rank of ``group`` is ready. ``num_blocks``: KV blocks by position of the rank in the group."""
+
+    group: int
+    epoch: int
+    num_blocks: tuple[int, ...]
+
+
+Output = ToPeer | ToOwner | Loading | EpochReady | Loss
+
+
+@dataclass(slots=True)
+class RankRecord:
+    """What is known of one rank. ``step``, ``collective`` and ``inside`` are its last reported progress."""
+
+    rank: int
+    group: int
+    token: str = ""
+    state: RankState = RankState.STARTING
+    peer: bytes | None = None
+    incarnation: str = ""
+    pid: int = 0
+    host: str = ""
+    heard_at: float = 0.0
+    progress_at: float = 0.0
+    load_done: int = 0
+    load_total: int = 0
+    step: int = 0
+    collective: int = 0
+    inside: bool = False
+    ready: Ready | None = None
+    restarts: int = 0
+    last_fault: str = ""
+
+
+@dataclass(slots=True)
+class GroupRecord:
+    """A lockstep group and the epoch that it forms or has formed. Epochs count from 1."""
+
+    id: int
+    ranks: tuple[int, ...]
+    epoch: int = 0
+    stage: GroupStage = GroupStage.GATHERING
+
+
+@dataclass(slots=True)
+class Refusals:
+    """Messages that were dropped, by reason."""
+
+    wrong_token: int = 0
+    duplicate_hello: int = 0
+    unknown_peer: int = 0
+    foreign_rank: int = 0
+    stale: int = 0
+    out_of_order: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MembershipConfig:
+    """``groups``: the ranks of each lockstep group. ``placements``: expert slots of a group, int32 (moe_layers, slots),
+    for groups that have any. ``start_deadline_s``: longest time without progress during a start."""
+
+    term: int
+    groups: Sequence[Sequence[int]]
+    worker: WorkerConfig
+    digest: str
+    supervisor_token: str
+    placements: Mapping[int, I32] = field(default_factory=dict)
+    store_host: str = "127.0.0.1"
+    start_deadline_s: float = 120.0
+
+
+class Membership:
+    """The start of an engine and the life of its ranks. ``new_token`` draws an unguessable launch token."""
+
+    def __init__(self, config: MembershipConfig, new_token: Callable[[], str], now: float) -> None:
+        self._config = config
+        self._new_token = new_token
+        self._started_at = now
+        self._owner: bytes | None = None
+        self._owner_heard_at = now
+        self.supervisor_pid = 0
+        self.groups = [GroupRecord(number, tuple(ranks)) for number, ranks in enumerate(config.groups)]
+        self.ranks = {rank: RankRecord(rank, group.id) for group in self.groups for rank in group.ranks}
+        self._rank_of: dict[bytes, RankRecord] = {}
+        self._evidence = Evidence()
+        self.refusals = Refusals()
+
+    @property
+    def all_ready(self) -> bool:
+        return all(group.stage is GroupStage.OPEN for group in self.groups)
+
+    @property
+    def owner(self) -> bytes | None:
+        """The socket identity of the supervisor, once it has said hello."""
+        return self._owner
+
+    def is_owner(self, peer: bytes) -> bool:
+        """Whether ``peer`` is the supervisor; whatever it says counts as a sign of life."""
+        if peer != self._owner:
+            self.refusals.unknown_peer += 1
+            return False
+        return True
+
+    def owner_heard(self, now: float) -> None:
+        self._owner_heard_at = now
+
+    # ------------------------------------------------------------------------------------------------- hello
+
+    def supervisor_hello(self, peer: bytes, hello: HelloSupervisor, now: float) -> list[Output]:
+        """Spawn every rank that has no process; a second hello of the same supervisor changes nothing."""
+        if not hmac.compare_digest(hello.token, self._config.supervisor_token):
+            self.refusals.wrong_token += 1
+            return []
+        if self._owner is not None:
+            self.refusals.duplicate_hello += 1
+            return []
+        if hello.version != PROTOCOL_VERSION:
+            return self._version_mismatch(-1, "the supervisor", hello.version, now)
+        self._owner = peer
+        self._owner_heard_at = now
+        self.supervisor_pid = hello.pid
+        outputs: list[Output] = []
+        for record in self.ranks.values():
+            record.token = self._new_token()
+            record.progress_at = now
+            outputs.append(ToOwner(peer, Spawn(record.rank, record.token)))
+        return outputs
+
+    def spawned(self, message: Spawned) -> None:
+        """The supervisor says which process it started for a rank."""
+        record = self.ranks.get(message.rank)
+        if record is None:
+            self.refusals.foreign_rank += 1
+        elif record.pid == 0:
+            record.pid = message.pid
+
+    def worker_hello(self, peer: bytes, hello: HelloWorker, now: float) -> list[Output]:
+        """Admit the one incarnation that holds the rank's launch token."""
+        record = self.ranks.get(hello.rank)
+        if record is None or not record.token or not hmac.compare_digest(hello.token, record.token):
+            self.refusals.wrong_token += 1
+            return []
+        if record.incarnation or record.state is RankState.DEAD or peer in self._rank_of:
+            self.refusals.duplicate_hello += 1
+            return []
+        if hello.version != PROTOCOL_VERSION:
+            return self._version_mismatch(hello.rank, f"rank {hello.rank}", hello.version, now)
+        record.peer = peer
+        record.incarnation = hello.incarnation
+        record.pid = hello.pid
+        record.host = hello.host
+        record.heard_at = record.progress_at = now
+        self._rank_of[peer] = record
+        config = self._config
+        welcome = WelcomeWorker(PROTOCOL_VERSION, config.term, config.digest, config.worker)
+        outputs: list[Output] = [ToPeer(record.rank, peer, welcome)]
+        group = self.groups[record.group]
+        if all(self.ranks[rank].peer is not None for rank in group.ranks):
+            outputs += self.begin_epoch(group.id, now)
+        return outputs
+
+    def _version_mismatch(self, rank: int, who: str, version: int, now: float) -> list[Output]:
+        text = f"{who} speaks protocol version {version}, the coordinator speaks {PROTOCOL_VERSION}"
+        self._evidence.final(rank, ErrorInfo(kind="protocol", text=text, rank=rank), now)
+        return []
+
+    # ------------------------------------------------------------------------------------------------- epochs
+
+    def begin_epoch(self, group_id: int, now: float) -> list[Output]:
+        """Form the next epoch of a group whose ranks are all there."""
+        group = self.groups[group_id]
+        group.epoch += 1
+        for rank in group.ranks:
+            record = self.ranks[rank]
+            record.state = RankState.STARTING
+            record.ready = None
+            record.step = record.collective = 0
+            record.inside = False
+            record.progress_at = now
+        if len(group.ranks) == 1:
+            return self._configure(group, "", 0)
+        group.stage = GroupStage.OPENING_STORE
+        return self._to(group.ranks[0], OpenStore(self._config.term, group.epoch, self._config.store_host))
+
+    def _configure(self, group: GroupRecord, store_host: str, store_port: int) -> list[Output]:
+        group.stage = GroupStage.FORMING
+        members = tuple(Member(rank, self.ranks[rank].incarnation) for rank in group.ranks)
+        placement = self._config.placements.get(group.id)
+        if placement is None:
+            placement = np.zeros((0, 0), dtype=np.int32)
+        configure = Configure(
+            term=self._config.term,
+            epoch=group.epoch,
+            role="compute",
+            members=members,
+            store_host=store_host,
+            store_port=store_port,
+            placement=placement,
+        )
+        return [output for rank in group.ranks for output in self._to(rank, configure)]
+
+    def _to(self, rank: int, message: ToWorker) -> list[Output]:
+        peer = self.ranks[rank].peer
+        return [ToPeer(rank, peer, message)] if peer is not None else []
+
+    # ------------------------------------------------------------------------------------------- what ranks say
+
+    def accepts(self, peer: bytes, message: StepDone | CallResult) -> bool:
+        """Whether ``message`` comes from the rank that it names, in its group's present (term, epoch)."""
+        return self._sender(peer, message) is not None
+
+    def _sender(
+        self, peer: bytes, message: StoreReady | Ready | StepDone | Fault | CallResult | BeatWorker
+    ) -> RankRecord | None:
+        record = self._rank_of.get(peer)
+        if record is None:
+            self.refusals.unknown_peer += 1
+            return None
+        if message.rank != record.rank:
+            self.refusals.foreign_rank += 1
+            return None
+        if (message.term, message.epoch) != (self._config.term, self.groups[record.group].epoch):
+            # Before its first Configure a rank knows no epoch and says 0.
+            before_epoch = isinstance(message, Fault | BeatWorker) and message.epoch == 0
+            if not (before_epoch and message.term in (0, self._config.term) and record.ready is None):
+                self.refusals.stale += 1
+                return None
+        return record
+
+    def receive(self, peer: bytes, message: FromWorker, now: float) -> list[Output]:
+        """Everything a worker says except StepDone and CallResult, which :meth:`accepts` checks for the coordinator."""
+        if isinstance(message, HelloWorker):
+            return self.worker_hello(peer, message, now)
+        record = self._sender(peer, message)
+        if record is None or record.state is RankState.DEAD:
+            return []
+        record.heard_at = now
+        if isinstance(message, BeatWorker):
+            return self._beat(record, message, now)
+        if isinstance(message, StoreReady):
+            return self._store_ready(record, message, now)
+        if isinstance(message, Ready):
+            return self._ready(record, message, now)
+        if isinstance(message, Fault):
+            record.last_fault = message.error.text
+            self._evidence.fault(record.rank, record.incarnation, message, now)
+        return []
+
+    def _beat(self, record: RankRecord, beat: BeatWorker, now: float) -> list[Output]:
+        progress = (beat.step, beat.collective, beat.inside)
+        loaded = (beat.load_done, beat.load_total)
+        outputs: list[Output] = []
+        if loaded != (record.load_done, record.load_total):
+            record.load_done, record.load_total = loaded
+            record.progress_at = now
+            if record.state is RankState.STARTING and beat.load_total > 0:
+                outputs.append(Loading(record.rank, beat.load_done, beat.load_total))
+        if progress != (record.step, record.collective, record.inside):
+            record.step, record.collective, record.inside = progress
+            record.progress_at = now
+        return outputs
+
+    def _store_ready(self, record: RankRecord, message: StoreReady, now: float) -> list[Output]:
+        group = self.groups[record.group]
+        if group.stage is not GroupStage.OPENING_STORE or record.rank != group.ranks[0]:
+            self.refusals.out_of_order += 1
+            return []
+        for rank in group.ranks:
+            self.ranks[rank].progress_at = now
+        return self._configure(group, message.host, message.port)
+
+    def _ready(self, record: RankRecord, message: Ready, now: float) -> list[Output]:
+        group = self.groups[record.group]
+        if group.stage is not GroupStage.FORMING or record.state is not RankState.STARTING:
+            self.refusals.out_of_order += 1
+            return []
+        record.progress_at = now
+        if message.digest != self._config.digest:
+            text = f"rank {record.rank} computed config digest {message.digest}, the coordinator {self._config.digest}"
+            self._evidence.final(record.rank, ErrorInfo(kind="protocol", text=text, rank=record.rank), now)
+            return []
+        if message.num_blocks < 1:
+            text = f"rank {record.rank} is ready with {message.num_blocks} KV blocks; at least 1 is needed"
+            self._evidence.final(record.rank, ErrorInfo(kind="protocol", text=text, rank=record.rank), now)
+            return []
+        record.ready = message
+        record.state = RankState.READY
+        ready = [self.ranks[rank].ready for rank in group.ranks]
+        blocks = tuple(one.num_blocks for one in ready if one is not None)
+        if len(blocks) < len(group.ranks):
+            return []
+        group.stage = GroupStage.OPEN
+        return [EpochReady(group.id, group.epoch, blocks)]
+
+    # ----------------------------------------------------------------------------------------------- ends
+
+    def exited(self, message: Exited, now: float) -> list[Output]:
+        """A worker process ended; anyone but the rank's own process is stale news."""
+        record = self.ranks.get(message.rank)
+        if record is None or (record.pid not in (0, message.pid)):
+            self.refusals.foreign_rank += 1
+            return []
+        self._evidence.exited(record.incarnation, self.groups[record.group].epoch, message, now)
+        self._bury(record, f"exited with {_how(message)}")
+        return []
+
+    def declare_lost(self, rank: int, error: ErrorInfo, now: float) -> None:
+        """The coordinator found ``rank`` lost by its own observation (its connection is gone, a deadline passed)."""
+        record = self.ranks[rank]
+        if record.state is not RankState.DEAD:
+            self._evidence.observed(rank, error, now)
+            self._bury(record, error.text)
+
+    def _bury(self, record: RankRecord, text: str) -> None:
+        record.state = RankState.DEAD
+        record.last_fault = record.last_fault or text
+        if record.peer is not None:
+            self._rank_of.pop(record.peer, None)
+            record.peer = None
+
+    # ---------------------------------------------------------------------------------------------- deadlines
+
+    def tick(self, now: float) -> list[Output]:
+        """What is due at ``now``: the loss that the evidence amounts to, and ranks that are silent or stuck."""
+        if not self._evidence:
+            self._check_deadlines(now)
+        loss = self._evidence.verdict(now)
+        if loss is None:
+            return []
+        if loss.rank in self.ranks:
+            self._bury(self.ranks[loss.rank], loss.error.text)
+        return [loss]
+
+    @property
+    def decides_at(self) -> float | None:
+        """When :meth:`tick` wants to be called to settle a loss, None when there is none to settle."""
+        return self._evidence.decides_at
+
+    def _check_deadlines(self, now: float) -> None:
+        limit = self._config.start_deadline_s
+        if self._owner is None:
+            if now - self._started_at > limit:
+                text = f"no supervisor said hello within {limit:g} s"
+                self._evidence.final(-1, ErrorInfo(kind="start_failed", text=text), now)
+            return
+        if now - self._owner_heard_at > SILENCE_S:
+            text = f"supervisor (pid {self.supervisor_pid}) has not been heard for {SILENCE_S:g} s"
+            self._evidence.final(-1, ErrorInfo(kind="engine_closed", text=text), now)
+            return
+        overdue: list[tuple[int, float, float, int]] = []
+        for record in self.ranks.values():
+            if record.peer is not None and now - record.heard_at > SILENCE_S:
+                text = f"rank {record.rank} (pid {record.pid}) has not been heard for {SILENCE_S:g} s"
+                self.declare_lost(record.rank, self._error(record, text), now)
+                return
+            if record.state is RankState.STARTING and now - record.progress_at > limit:
+                loaded = record.load_done / record.load_total if record.load_total else 0.0
+                overdue.append((int(record.peer is not None), loaded, record.progress_at, record.rank))
+        if overdue:
+            # The others only wait for the one that has come least far.
+            record = self.ranks[min(overdue)[-1]]
+            doing = self._waiting_for(record)
+            text = f"rank {record.rank} (pid {record.pid}) made no progress for {limit:g} s {doing}"
+            self.declare_lost(record.rank, self._error(record, text), now)
+
+    def _waiting_for(self, record: RankRecord) -> str:
+        if record.peer is None:
+            return "after it was spawned: it has not said Hello"
+        stage = self.groups[record.group].stage
+        if stage is GroupStage.GATHERING:
+            return "while its group gathered"
+        if stage is GroupStage.OPENING_STORE:
+            return "while the epoch's store was opened"
+        return f"while its epoch formed, with {record.load_done} of {record.load_total} bytes of weights loaded"
+
+    def _error(self, record: RankRecord, text: str) -> ErrorInfo:
+        return ErrorInfo(
+            kind="start_failed" if record.state is RankState.STARTING else "request_failed",
+            text=text,
+            rank=record.rank,
+            incarnation=record.incarnation,
+            epoch=self.groups[record.group].epoch,
+        )
+
+
+def _how(message: Exited) -> str:
+    return f"signal {message.signal}" if message.signal else f"code {message.code}"

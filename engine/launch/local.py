@@ -1,0 +1,171 @@
+"""An engine on this machine, for the app that starts it: its private folder, its supervisor, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from drumline.engine.config import EngineConfig
+from drumline.engine.launch.order import (
+    MAX_LINE_BYTES,
+    RUNTIME_PREFIX,
+    Order,
+    encode_line,
+    read_report,
+    remove_runtime_dir,
+)
+from drumline.engine.launch.owned_process import OwnedProcess
+from drumline.engine.resolve import ResolvedConfig, resolve
+from drumline.protocol.endpoints import MAX_IPC_PATH_BYTES
+from drumline.protocol.errors import EngineClosed, ErrorInfo, InvalidConfig, StartFailed
+from drumline.protocol.messages import Event
+
+if TYPE_CHECKING:
+    from drumline.engine.launch.inline import InlineCoordinator
+
+KILL_S = 2.0
+_LONGEST_NAME = "/worker.sock"
+
+
+class LocalEngine:
+    """The processes of one engine. ``failed`` gets the error when they end without having been closed.
+
+    ``client_endpoint``: where clients connect. ``runtime_dir``: the private folder of the sockets, gone after the end.
+    """
+
+    def __init__(self, order: Order) -> None:
+        loop = asyncio.get_running_loop()
+        self._order = order
+        self.client_endpoint = order.client_endpoint
+        self.runtime_dir = order.runtime_dir
+        self.failed: asyncio.Future[ErrorInfo] = loop.create_future()
+        self._lines = bytearray()
+        self._error: ErrorInfo | None = None
+        self._closing = False
+        self._inline: InlineCoordinator | None = None
+        self._supervisor: OwnedProcess | None = None
+
+    @property
+    def supervisor_pid(self) -> int:
+        """0 before it is started."""
+        return self._supervisor.pid if self._supervisor is not None else 0
+
+    def start(self, resolved: ResolvedConfig) -> None:
+        """Start the supervisor, and with ``inline`` the coordinator in this loop."""
+        if not self._order.with_coordinator:
+            # Imported only here: an app whose coordinator is a process of its own needs none of it.
+            from drumline.engine.launch.inline import InlineCoordinator
+
+            self._inline = InlineCoordinator(self._order, resolved, self._fail)
+        try:
+            self._supervisor = OwnedProcess(
+                asyncio.get_running_loop(),
+                "drumline.engine.supervisor",
+                [],
+                on_output=self._output,
+                on_exit=self._ended,
+                # Ctrl-C in a terminal goes to the foreground group: it is the app that decides what it means.
+                new_session=True,
+                first_line=encode_line(self._order),
+            )
+        except OSError as error:
+            raise StartFailed(f"the supervisor process cannot be started: {error}") from error
+
+    async def close(self, timeout: float = 5.0) -> None:
+        """End everything and wait for it, ``timeout`` seconds at most; then kill. Idempotent."""
+        self._closing = True
+        try:
+            if self._inline is not None:
+                await self._inline.close("the app closes the engine")
+            supervisor = self._supervisor
+            if supervisor is not None:
+                supervisor.close_lifeline()
+                if not await supervisor.wait(timeout):
+                    # What it owns is tied to it by lifelines.
+                    supervisor.signal(signal.SIGKILL)
+                    await supervisor.wait(KILL_S)
+        finally:
+            if self._supervisor is not None:
+                self._supervisor.close_lifeline()
+            remove_runtime_dir(self.runtime_dir)
+            if not self.failed.done():
+                self.failed.cancel()
+
+    def _output(self, data: bytes) -> None:
+        self._lines += data
+        while (end := self._lines.find(b"\n")) >= 0:
+            report = read_report(bytes(self._lines[:end]))
+            del self._lines[: end + 1]
+            if report is not None and report.error is not None:
+                self._error = report.error
+        del self._lines[:-MAX_LINE_BYTES]
+
+    def _ended(self, code: int, number: int) -> None:
+        error = self._error
+        if error is None:
+            how = f"signal {number}" if number else f"code {code}"
+            error = EngineClosed(f"the supervisor (pid {self.supervisor_pid}) ended with {how}").info
+        remove_runtime_dir(self.runtime_dir)
+        if self._inline is not None:
+            self._inline.owner_gone(error)
+        self._fail(error)
+
+    def _fail(self, error: ErrorInfo) -> None:
+        if not self._closing and not self.failed.done():
+            self.failed.set_result(error)
+
+
+async def start_local(config: EngineConfig, on_event: Callable[[Event], None] | None = None) -> LocalEngine:
+    """Check ``config`` against the model folder and start the processes; readiness is told by the client handshake.
+
+    Raises InvalidConfig before anything is started, StartFailed when the supervisor cannot be.
+    """
+    resolved = await asyncio.to_thread(resolve, config)
+    runtime_dir = make_runtime_dir()
+    try:
+        engine = LocalEngine(
+            Order(
+                config=config,
+                runtime_dir=runtime_dir,
+                client_endpoint=f"ipc://{runtime_dir}/client.sock",
+                worker_endpoint=f"ipc://{runtime_dir}/worker.sock",
+                supervisor_token=secrets.token_urlsafe(24),
+                owner_pid=os.getpid(),
+                with_coordinator=not config.inline,
+            )
+        )
+    except BaseException:
+        remove_runtime_dir(runtime_dir)
+        raise
+    try:
+        engine.start(resolved)
+    except BaseException:
+        await engine.close()
+        raise
+    if on_event is not None:
+        on_event(Event("starting", f"supervisor (pid {engine.supervisor_pid}) is started"))
+    return engine
+
+
+def make_runtime_dir() -> str:
+    """A new private folder whose path leaves room for a socket's name. Raises InvalidConfig when there is none."""
+    tried: list[str] = []
+    for base in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
+        if not base or not Path(base).is_dir() or not os.access(base, os.W_OK | os.X_OK):
+            continue
+        # mkdtemp adds eight characters to the prefix.
+        length = len(os.fsencode(base)) + 1 + len(RUNTIME_PREFIX) + 8 + len(_LONGEST_NAME)
+        if length <= MAX_IPC_PATH_BYTES:
+            return tempfile.mkdtemp(prefix=RUNTIME_PREFIX, dir=base)
+        tried.append(f"{base} ({length} bytes)")
+    raise InvalidConfig(
+        "TMPDIR",
+        ", ".join(tried) or "no writable folder",
+        f"a writable folder in which a socket's path has at most {MAX_IPC_PATH_BYTES} bytes",
+    )

@@ -1,0 +1,208 @@
+"""From what a user decided and what the model folder says, to what coordinator and workers need.
+
+Runs in the app before any process starts, so that a broken folder or an impossible layout is refused there with a
+typed error, and again in the coordinator, which trusts nothing but its own reading. Reads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from drumline.engine.config import EngineConfig, check_chunked_prefill
+from drumline.engine.core.config import CoreConfig
+from drumline.protocol.checkpoint import CheckpointIndex
+from drumline.protocol.codec import config_digest
+from drumline.protocol.errors import InvalidConfig
+from drumline.protocol.layout import Layout
+from drumline.protocol.messages import I32, ModelInfo, WorkerConfig
+from drumline.protocol.modelspec import ModelSpec
+from drumline.protocol.placement import initial_placement
+
+MAX_TOKENIZER_BYTES = 48 << 20
+DEMO = "demo"
+
+
+class ResolvedConfig(msgspec.Struct, frozen=True):
+    """An engine that can be started.
+
+    ``groups``: the ranks of each lockstep group. ``placements``: by group, int32 (moe_layers, slots). ``digest``: of
+    ``worker``, compared in every handshake. ``tokenizer``: the tokenizer.json to hand to clients, None for a model that
+    is served by token ids only. ``warnings``: what a user should know but need not change.
+    """
+
+    config: EngineConfig
+    spec: ModelSpec
+    layout: Layout
+    worker: WorkerConfig
+    digest: str
+    core: CoreConfig
+    groups: tuple[tuple[int, ...], ...]
+    placements: Mapping[int, I32]
+    tokenizer: Path | None
+    warnings: tuple[str, ...] = ()
+
+    def model_info(self, blocks_per_replica: int) -> ModelInfo:
+        """What clients are told. ``blocks_per_replica``: KV blocks of the smallest replica."""
+        room = min(self.core.max_model_len, blocks_per_replica * self.core.block_size)
+        return ModelInfo(
+            model=self.config.model,
+            served_model_name=self.config.served_model_name or self.config.model,
+            vocab_size=self.spec.vocab_size,
+            max_model_len=self.core.max_model_len,
+            eos_token_ids=self.spec.eos_token_ids,
+            data_parallel_size=self.core.data_parallel_size,
+            # One place is left for the token that is generated.
+            max_prompt_tokens=max(room - 1, 0),
+            has_tokenizer=self.tokenizer is not None,
+            block_size=self.core.block_size,
+        )
+
+    def read_tokenizer(self) -> bytes:
+        """The bytes of tokenizer.json, empty without one. Raises InvalidConfig when it cannot be read."""
+        if self.tokenizer is None:
+            return b""
+        try:
+            return self.tokenizer.read_bytes()
+        except OSError as error:
+            raise InvalidConfig("tokenizer", f"{self.tokenizer}: {error}", "a readable tokenizer.json") from error
+
+
+def model_folder(model: str) -> Path:
+    """The folder of ``model``: "demo" is the one in the package."""
+    if model == DEMO:
+        return Path(__file__).parent / DEMO
+    return Path(model).expanduser()
+
+
+def resolve(config: EngineConfig) -> ResolvedConfig:
+    """Read the model folder and check ``config`` against it.
+
+    Raises InvalidConfig (field, found, valid) for a folder that is missing or broken, an architecture that is not
+    supported, a checkpoint that is cut short, and a layout or bounds that this model cannot have.
+    """
+    folder = model_folder(config.model)
+    spec = ModelSpec.from_folder(folder)
+    CheckpointIndex.open(folder)
+    parallel = config.parallel
+    layout = Layout(
+        data_parallel_size=parallel.data_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        enable_expert_parallel=parallel.enable_expert_parallel,
+    )
+    layout.validate(spec.num_experts)
+    max_model_len = _max_model_len(config, spec)
+    check_chunked_prefill(config.scheduler, max_model_len)
+    groups = tuple(
+        tuple(rank for dp_rank in replicas for rank in layout.replica_ranks(dp_rank))
+        for replicas in layout.lockstep_groups(spec.is_moe)
+    )
+    worker = _worker_config(config, folder, max_model_len, layout.num_ranks)
+    placements: dict[int, I32] = {}
+    if spec.is_moe:
+        ep_size = layout.ep_size if parallel.enable_expert_parallel else 1
+        strategy = parallel.expert_placement_strategy
+        placements = {
+            number: initial_placement(len(spec.moe_layers), spec.num_experts, ep_size, strategy)
+            for number in range(len(groups))
+        }
+    return ResolvedConfig(
+        config=config,
+        spec=spec,
+        layout=layout,
+        worker=worker,
+        digest=config_digest(worker),
+        core=_core_config(config, spec, max_model_len),
+        groups=groups,
+        placements=placements,
+        tokenizer=_tokenizer(config, folder),
+        warnings=_warnings(config, spec),
+    )
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    if config.max_model_len is None:
+        return spec.max_position_embeddings
+    if config.max_model_len > spec.max_position_embeddings:
+        raise InvalidConfig(
+            "max_model_len",
+            config.max_model_len,
+            f"at most {spec.max_position_embeddings}, the positions that the model was made for",
+        )
+    return config.max_model_len
+
+
+def _worker_config(config: EngineConfig, folder: Path, max_model_len: int, num_ranks: int) -> WorkerConfig:
+    cache = config.cache
+    return WorkerConfig(
+        model=str(folder.resolve()),
+        dtype="float32",
+        max_model_len=max_model_len,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        block_size=cache.block_size,
+        num_blocks=cache.num_gpu_blocks_override or 0,
+        kv_cache_memory_bytes=cache.kv_cache_memory_bytes or 0,
+        gpu_memory_utilization=cache.gpu_memory_utilization,
+        data_parallel_size=config.parallel.data_parallel_size,
+        tensor_parallel_size=config.parallel.tensor_parallel_size,
+        pipeline_parallel_size=config.parallel.pipeline_parallel_size,
+        enable_expert_parallel=config.parallel.enable_expert_parallel,
+        expert_placement_strategy=config.parallel.expert_placement_strategy,
+        seed=config.seed,
+        local_ranks=num_ranks,
+        fault_injection=config.fault_injection,
+    )
+
+
+def _core_config(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> CoreConfig:
+    scheduler = config.scheduler
+    return CoreConfig(
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        block_size=config.cache.block_size,
+        max_model_len=max_model_len,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=spec.eos_token_ids,
+        data_parallel_size=config.parallel.data_parallel_size,
+        lockstep=spec.is_moe,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        enable_chunked_prefill=scheduler.enable_chunked_prefill,
+        async_scheduling=scheduler.async_scheduling,
+        max_waiting=scheduler.max_waiting,
+    )
+
+
+def _tokenizer(config: EngineConfig, folder: Path) -> Path | None:
+    """The tokenizer.json to serve; only one that was asked for must be there."""
+    if config.tokenizer is None:
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            return None
+    else:
+        path = Path(config.tokenizer).expanduser()
+        if path.is_dir():
+            path = path / "tokenizer.json"
+    valid = f"a tokenizer.json of at most {MAX_TOKENIZER_BYTES} bytes, or a folder that holds one"
+    try:
+        size = path.stat().st_size
+        if size > MAX_TOKENIZER_BYTES:
+            raise InvalidConfig("tokenizer", f"{path} of {size} bytes", valid)
+        parsed = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InvalidConfig("tokenizer", f"{path}: {error.strerror}", valid) from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidConfig("tokenizer", f"{path}: not JSON ({error})", valid) from error
+    if not isinstance(parsed, dict) or "model" not in parsed:
+        raise InvalidConfig("tokenizer", f"{path}: JSON without a model", valid)
+    return path.resolve()
+
+
+def _warnings(config: EngineConfig, spec: ModelSpec) -> tuple[str, ...]:
+    if config.dtype == "auto" and spec.dtype != "float32":
+        return (f"the checkpoint is {spec.dtype}; this version computes in float32",)
+    return ()

@@ -1,0 +1,81 @@
+"""The engine's status, gathered from its parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from drumline.protocol.status import (
+    CoordinatorStatus,
+    EngineStatus,
+    RankStatus,
+    RequestCounts,
+    SupervisorStatus,
+)
+
+if TYPE_CHECKING:
+    from drumline.engine.coordinator import Coordinator
+
+
+def engine_status(engine: Coordinator, late_replies: int, now: float) -> EngineStatus:
+    """The state of ``engine`` at ``now``. Before it is ready there are ranks, but no groups and replicas."""
+    core = engine.core
+    return EngineStatus(
+        state=engine.state.value,
+        term=engine.order.term,
+        supervisor=SupervisorStatus(engine.workers.membership.supervisor_pid),
+        coordinator=CoordinatorStatus(os.getpid(), engine.incarnation),
+        groups=tuple(core.group_status()) if core is not None else (),
+        replicas=tuple(core.replica_status()) if core is not None else (),
+        ranks=_ranks(engine, now),
+        requests=core.request_counts() if core is not None else RequestCounts(),
+        counters=_counters(engine, late_replies),
+        journal="off",
+    )
+
+
+def _ranks(engine: Coordinator, now: float) -> tuple[RankStatus, ...]:
+    layout = engine.resolved.layout
+    ranks: list[RankStatus] = []
+    for rank, record in sorted(engine.workers.membership.ranks.items()):
+        place = layout.coordinates(rank)
+        ranks.append(
+            RankStatus(
+                rank=rank,
+                dp_rank=place.dp_rank,
+                pp_rank=place.pp_rank,
+                tp_rank=place.tp_rank,
+                ep_rank=layout.ep_rank(rank),
+                pid=record.pid,
+                incarnation=record.incarnation,
+                host=record.host,
+                state=record.state.value,
+                step=record.step,
+                step_age_s=engine.workers.clocks[record.group].age(rank, now),
+                restarts=record.restarts,
+                last_fault=record.last_fault,
+            )
+        )
+    return tuple(ranks)
+
+
+def _counters(engine: Coordinator, late_replies: int) -> dict[str, int]:
+    """Every count there is, sockets and refusals under the name of their side."""
+    counters: dict[str, int] = dict(engine.core.counters()) if engine.core is not None else {}
+    clients, workers = engine.clients, engine.workers
+    counters.update(_prefixed("client_frames_", msgspec.structs.asdict(clients.router.statistics())))
+    counters.update(_prefixed("worker_frames_", msgspec.structs.asdict(workers.router.statistics())))
+    counters.update(_prefixed("worker_messages_", workers.membership.refusals.as_dict()))
+    counters.update(clients.connections.counts.as_dict())
+    counters["clients"] = len(clients.connections)
+    counters["client_messages_unknown_peer"] = clients.unknown_peers
+    counters["client_hellos_refused"] = clients.refused_hellos
+    counters["late_call_replies"] = late_replies
+    return counters
+
+
+def _prefixed(prefix: str, counts: Mapping[str, int]) -> dict[str, int]:
+    return {prefix + name: value for name, value in counts.items()}

@@ -1,0 +1,250 @@
+"""The coordinator's side towards workers and supervisor: their ROUTER, who they are, and the steps they owe.
+
+Decisions are in :mod:`~drumline.engine.core.membership` and :mod:`~drumline.engine.core.liveness`; this shell moves
+messages between them and the socket, and tells the coordinator what came of it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import zmq
+
+from drumline.engine.core.evidence import Loss
+from drumline.engine.core.liveness import GroupClock, furthest_behind
+from drumline.engine.core.membership import (
+    EpochReady,
+    Loading,
+    Membership,
+    MembershipConfig,
+    Output,
+    RankRecord,
+    RankState,
+    ToOwner,
+    ToPeer,
+)
+from drumline.engine.launch.order import Order
+from drumline.engine.resolve import ResolvedConfig
+from drumline.protocol.codec import Codec
+from drumline.protocol.errors import ErrorInfo
+from drumline.protocol.messages import (
+    Beat,
+    CallResult,
+    Exited,
+    FromWorkerSide,
+    HelloSupervisor,
+    Shutdown,
+    Spawned,
+    Step,
+    StepDone,
+    Stopping,
+    ToSupervisor,
+    ToWorker,
+)
+from drumline.protocol.sockets import Router, SendResult
+
+HWM = 1024
+MAX_FRAME_BYTES = 64 << 20
+
+
+class EngineEvents(Protocol):
+    """What the coordinator is told."""
+
+    def step_done(self, rank: int, message: StepDone, complete: bool) -> None:
+        """A rank replied to a step; ``complete`` when it was the last of its group."""
+
+    def epoch_ready(self, ready: EpochReady) -> None:
+        """A lockstep group can compute."""
+
+    def loading(self, progress: Loading) -> None:
+        """A rank has read some of its weights."""
+
+    def lost(self, loss: Loss) -> None:
+        """A rank, or the supervisor, is lost."""
+
+    def call_result(self, message: CallResult) -> None:
+        """A rank answered a control call."""
+
+    def owner_stopping(self, message: Stopping) -> None:
+        """The supervisor ends the engine."""
+
+
+class WorkerPort:
+    """Workers and supervisor of one engine. ``read_clock`` gives the time of the coordinator's running clock."""
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        order: Order,
+        resolved: ResolvedConfig,
+        events: EngineEvents,
+        read_clock: Callable[[], float],
+    ) -> None:
+        self._events = events
+        self._now = read_clock
+        self._term = order.term
+        self.router: Router[FromWorkerSide] = Router(
+            context, order.worker_endpoint, Codec(FromWorkerSide), hwm=HWM, max_frame_bytes=MAX_FRAME_BYTES
+        )
+        faults = resolved.config.faults
+        self.membership = Membership(
+            MembershipConfig(
+                term=order.term,
+                groups=resolved.groups,
+                worker=resolved.worker,
+                digest=resolved.digest,
+                supervisor_token=order.supervisor_token,
+                placements=resolved.placements,
+                start_deadline_s=faults.start_deadline_s,
+            ),
+            new_token=lambda: secrets.token_urlsafe(24),
+            now=read_clock(),
+        )
+        self.clocks = [GroupClock(faults.step_deadline_s) for _ in self.membership.groups]
+        self._group_of = {rank: record.group for rank, record in self.membership.ranks.items()}
+
+    async def serve(self) -> None:
+        """Receive until cancelled."""
+        while True:
+            peer, message = await self.router.recv()
+            now = self._now()
+            if isinstance(message, StepDone):
+                self._step_done(peer, message, now)
+            elif isinstance(message, CallResult):
+                if self.membership.accepts(peer, message):
+                    self._events.call_result(message)
+            elif isinstance(message, HelloSupervisor):
+                self._carry_out(self.membership.supervisor_hello(peer, message, now))
+            elif isinstance(message, Spawned | Exited | Stopping | Beat):
+                self._from_owner(peer, message, now)
+            else:
+                self._carry_out(self.membership.receive(peer, message, now))
+            self.settle(now)
+
+    def _step_done(self, peer: bytes, message: StepDone, now: float) -> None:
+        if not self.membership.accepts(peer, message):
+            return
+        clock = self.clocks[self._group_of[message.rank]]
+        if not clock.owes(message.rank, message.step):
+            self.membership.refusals.out_of_order += 1
+            return
+        complete = clock.done(message.rank, message.step, now)
+        self._events.step_done(message.rank, message, complete)
+
+    def _from_owner(self, peer: bytes, message: Spawned | Exited | Stopping | Beat, now: float) -> None:
+        membership = self.membership
+        if not membership.is_owner(peer):
+            return
+        membership.owner_heard(now)
+        if isinstance(message, Spawned):
+            membership.spawned(message)
+        elif isinstance(message, Exited):
+            membership.exited(message, now)
+        elif isinstance(message, Stopping):
+            self._events.owner_stopping(message)
+
+    def settle(self, now: float) -> None:
+        """Tell of a loss as soon as it is certain."""
+        due = self.membership.decides_at
+        if due is not None and due <= now:
+            self._carry_out(self.membership.tick(now))
+
+    def tick(self, now: float) -> None:
+        """Deadlines; called about once a second."""
+        for clock in self.clocks:
+            overdue = clock.overdue(now)
+            if overdue is not None:
+                records = self.membership.ranks
+                record = records[furthest_behind(overdue.ranks, records)]
+                where = "inside" if record.inside else "outside of"
+                text = (
+                    f"rank {record.rank} (pid {record.pid}) is furthest behind in step {overdue.step}, which took "
+                    f"{overdue.waited_s:.1f} s of at most {overdue.limit_s:.1f} s: last seen in step {record.step}, "
+                    f"{where} collective {record.collective}"
+                )
+                self._declare_lost(record, text, overdue.step)
+        self._carry_out(self.membership.tick(now))
+        self._to_owner(Beat(0))
+
+    def _carry_out(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            if isinstance(output, ToPeer):
+                self.send(output.rank, output.message)
+            elif isinstance(output, ToOwner):
+                self._to_owner(output.message)
+            elif isinstance(output, EpochReady):
+                self._events.epoch_ready(output)
+            elif isinstance(output, Loading):
+                self._events.loading(output)
+            else:
+                self._events.lost(output)
+
+    # ------------------------------------------------------------------------------------------------- sending
+
+    def send(self, rank: int, message: ToWorker) -> bool:
+        """Send to a rank. A rank that cannot be reached or does not read is lost; returns whether it was sent."""
+        record = self.membership.ranks[rank]
+        if record.peer is None:
+            return False
+        result = self.router.send(record.peer, message)
+        if result is SendResult.SENT:
+            return True
+        why = "its connection is gone" if result is SendResult.GONE else f"it leaves {HWM} messages unread"
+        self._declare_lost(record, f"rank {rank} (pid {record.pid}) cannot be reached: {why}", -1)
+        return False
+
+    def refused_reply(self, rank: int, step: int, why: str) -> None:
+        """The core cannot use what ``rank`` replied to ``step``: the rank cannot be trusted with another."""
+        record = self.membership.ranks[rank]
+        text = f"rank {rank} (pid {record.pid}) gave an impossible reply to step {step}: {why}"
+        self._declare_lost(record, text, step)
+
+    def _declare_lost(self, record: RankRecord, text: str, step: int) -> None:
+        error = ErrorInfo(
+            kind="request_failed",
+            text=text,
+            retryable=True,
+            rank=record.rank,
+            incarnation=record.incarnation,
+            epoch=self.membership.groups[record.group].epoch,
+            step=step,
+        )
+        self.membership.declare_lost(record.rank, error, self._now())
+
+    def send_step(self, rank: int, step: Step, now: float) -> None:
+        """Send a plan; the rank owes the reply from ``now`` on."""
+        group = self._group_of[rank]
+        tokens = int(step.num_tokens_across_dp.max()) if len(step.num_tokens_across_dp) else 0
+        self.clocks[group].sent(rank, step.step, tokens, now)
+        self.send(rank, step)
+
+    def _to_owner(self, message: ToSupervisor) -> None:
+        owner = self.membership.owner
+        if owner is not None:
+            # A supervisor that is gone shows in the lifeline and in its silence.
+            self.router.send(owner, message)
+
+    def oldest_step(self, rank: int) -> int:
+        """The oldest step in flight of the rank's group, -1 without one."""
+        return self.clocks[self._group_of[rank]].oldest_step
+
+    def epochs(self) -> dict[int, int]:
+        """The epoch of each rank that can be called."""
+        membership = self.membership
+        return {
+            rank: membership.groups[record.group].epoch
+            for rank, record in membership.ranks.items()
+            if record.peer is not None and record.state is RankState.READY
+        }
+
+    def shut_down(self, reason: str, error: ErrorInfo | None) -> None:
+        """Tell every worker to end, and the supervisor to see to it."""
+        for record in self.membership.ranks.values():
+            if record.peer is not None:
+                self.router.send(record.peer, Shutdown(self._term, reason))
+        self._to_owner(Stopping(reason, error))
+
+    def close(self) -> None:
+        self.router.close()

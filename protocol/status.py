@@ -1,0 +1,95 @@
+"""What ``AsyncEngine.status()`` returns and ``GET /status`` shows: the state of the whole engine at one moment.
+
+The structs are keyed (JSON objects), because people and scripts read them. Fields are only added, with defaults.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Shown(msgspec.Struct, frozen=True, gc=False):
+    """A part of the status."""
+
+
+class SupervisorStatus(Shown, frozen=True, gc=False):
+    """``pid`` is 0 until the supervisor has said hello."""
+
+    pid: int
+
+
+class CoordinatorStatus(Shown, frozen=True, gc=False):
+    """``incarnation`` is drawn when the coordinator starts."""
+
+    pid: int
+    incarnation: str
+
+
+class GroupStatus(Shown, frozen=True, gc=False):
+    """A lockstep group. ``replicas`` are dp ranks; ``wave_state`` is "running" or "paused"; ``step`` is the number of
+    the newest step planned in this epoch; ``dummy_steps`` counts plans without tokens sent to single replicas."""
+
+    id: int
+    replicas: tuple[int, ...]
+    epoch: int
+    wave: int
+    wave_state: str
+    step: int
+    dummy_steps: int
+
+
+class ReplicaStatus(Shown, frozen=True, gc=False):
+    """An attention replica: its sequences (rows running, sequences waiting) and its KV blocks. ``blocks_cached`` counts
+    free blocks that still hold a cached prefix."""
+
+    dp_rank: int
+    attn_rank: int
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
+
+
+class RankStatus(Shown, frozen=True, gc=False):
+    """One worker process. ``state``: starting, ready or dead. ``step_age_s``: how long it has had for its oldest step
+    in flight, 0.0 without one. ``last_fault`` is the text of the last error it reported or died of."""
+
+    rank: int
+    dp_rank: int
+    pp_rank: int
+    tp_rank: int
+    ep_rank: int
+    pid: int
+    incarnation: str
+    host: str
+    state: str
+    step: int
+    step_age_s: float
+    restarts: int
+    last_fault: str
+
+
+class RequestCounts(Shown, frozen=True, gc=False):
+    """Requests since the start of the term."""
+
+    accepted: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+
+
+class EngineStatus(Shown, frozen=True, gc=False):
+    """``state``: starting, ready, closing or failed. ``counters`` holds every count by name: scheduling (steps,
+    preemptions, ...), sockets (``client_frames_malformed``, ...) and stale or foreign messages. ``journal``: "off"."""
+
+    state: str
+    term: int
+    supervisor: SupervisorStatus
+    coordinator: CoordinatorStatus
+    groups: tuple[GroupStatus, ...]
+    replicas: tuple[ReplicaStatus, ...]
+    ranks: tuple[RankStatus, ...]
+    requests: RequestCounts
+    counters: dict[str, int]
+    journal: str

@@ -1,0 +1,30 @@
+"""``python -m drumline.workers --coordinator ENDPOINT --rank N --token-file FILE``: one worker, started by hand."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from drumline.workers.process import start_worker
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="drumline.workers", description="Run one rank of a drumline engine.")
+    parser.add_argument("--coordinator", required=True, metavar="ENDPOINT", help="the coordinator's worker socket")
+    parser.add_argument("--rank", required=True, type=int, help="global rank, from 0")
+    parser.add_argument("--token-file", required=True, type=Path, help="file with the launch token")
+    parser.add_argument("--lifeline-fd", type=int, default=None, help="read end of the owner's lifeline pipe")
+    options = parser.parse_args(arguments)
+    if options.rank < 0:
+        parser.error(f"argument --rank: found {options.rank}; valid: a whole number from 0")
+    try:
+        token = options.token_file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        parser.error(f"argument --token-file: {error}")
+    return start_worker(options.rank, options.coordinator, token, options.lifeline_fd)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

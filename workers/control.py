@@ -1,0 +1,285 @@
+"""The control thread: the one part of a worker that always answers.
+
+It owns the socket to the coordinator, watches the lifeline and SIGTERM, sends beats, and answers ``ping`` and ``stats``
+while the main thread is inside a step. Orders for the main thread go through a bounded queue, and so do the replies;
+an eventfd wakes this thread's poll when there is something to send. It imports no torch, so that it runs before torch
+is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+import traceback
+from typing import Any
+
+import msgspec
+import zmq
+
+from drumline.protocol.codec import Codec
+from drumline.protocol.errors import EngineClosed, ErrorInfo, ProtocolError
+from drumline.protocol.messages import (
+    PROTOCOL_VERSION,
+    BeatWorker,
+    Call,
+    CallResult,
+    Configure,
+    Fault,
+    FromWorker,
+    HelloWorker,
+    OpenStore,
+    Shutdown,
+    Step,
+    ToWorker,
+    WelcomeWorker,
+)
+from drumline.protocol.sockets import SendResult, ThreadDealer
+from drumline.workers.abort import AbortFlag
+from drumline.workers.progress import Progress
+
+log = logging.getLogger(__name__)
+
+INBOX_LIMIT = 16
+OUTBOX_LIMIT = 64
+WELCOME_DEADLINE_S = 30.0
+SHUTDOWN_GRACE_S = 1.0
+FLUSH_DEADLINE_S = 1.0
+RETRY_S = 0.01
+EXIT_OWNER_GONE = 3
+EXIT_TERMINATED = 143  # what a shell makes of SIGTERM
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """Who this process is: its rank, the uuid of this start, and the launch token that it shows."""
+
+    rank: int
+    incarnation: str
+    token: str
+
+
+class Control:
+    """The control thread and the queues between it and the main thread."""
+
+    def __init__(self, identity: Identity, endpoint: str, lifeline: int | None, signals: int) -> None:
+        self.identity = identity
+        self.inbox: queue.Queue[ToWorker] = queue.Queue(INBOX_LIMIT)
+        self.abort = AbortFlag()
+        self.progress = Progress()
+        self._endpoint = endpoint
+        self._lifeline = lifeline
+        self._signals = signals
+        self._outbox: queue.Queue[FromWorker] = queue.Queue(OUTBOX_LIMIT)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._watched = [fd for fd in (self._wake, signals, lifeline) if fd is not None]
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        self._started = time.monotonic()
+        self._context: zmq.Context[Any]
+        self._dealer: ThreadDealer[ToWorker]
+        self._held: FromWorker | None = None
+        self._term = -1
+        self._newest = (-1, -1)
+        self._welcomed = False
+        self._beat_interval = 1.0
+        self._next_beat = 0.0
+        self._exit_at: float | None = None
+        self._exit_code: int | None = None
+        self._stale = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    # ------------------------------------------------------------------------------------------- on the main thread
+
+    def send(self, message: FromWorker) -> None:
+        """Have ``message`` sent. Waits at most 5 s for room, which a coordinator that reads never lets run out.
+
+        Raises:
+            EngineClosed: the queue stayed full.
+        """
+        try:
+            self._outbox.put(message, timeout=5.0)
+        except queue.Full:
+            raise EngineClosed(f"{OUTBOX_LIMIT} replies wait and the coordinator reads none") from None
+        os.eventfd_write(self._wake, 1)
+
+    def finish(self, code: int) -> None:
+        """Send what is queued, then end the process with ``code``. Never returns, and never hangs."""
+        self._exit_code = code
+        os.eventfd_write(self._wake, 1)
+        self._thread.join(FLUSH_DEADLINE_S + 1.0)
+        os._exit(code)
+
+    # ---------------------------------------------------------------------------------------- on the control thread
+
+    def _run(self) -> None:
+        try:
+            self._context = zmq.Context()
+            self._dealer = ThreadDealer(self._context, self._endpoint, Codec(ToWorker))
+            self._dealer.send(self._hello())
+            while self._exit_code is None:
+                self._turn()
+            self._leave(self._exit_code)
+        except EngineClosed as error:
+            log.error("the coordinator is gone: %s", error.text)
+            os._exit(EXIT_OWNER_GONE)
+        except BaseException:
+            # Nobody would hear of a control thread that dies in silence, and nobody could reach the main one.
+            log.critical("the control thread failed\n%s", traceback.format_exc())
+            os._exit(1)
+
+    def _hello(self) -> HelloWorker:
+        me = self.identity
+        return HelloWorker(PROTOCOL_VERSION, me.token, me.rank, me.incarnation, os.getpid(), socket.gethostname())
+
+    def _turn(self) -> None:
+        ready = self._dealer.poll(self._watched, self._timeout())
+        if self._lifeline in ready:
+            os._exit(EXIT_OWNER_GONE)
+        if self._signals in ready:
+            log.info("SIGTERM")
+            self._leave(EXIT_TERMINATED)
+        if self._wake in ready:
+            os.eventfd_read(self._wake)
+        self._drain_outbox()
+        while (message := self._dealer.recv_nowait()) is not None:
+            self._take(message)
+        self._keep_time(time.monotonic())
+
+    def _timeout(self) -> float:
+        if self._held is not None:
+            return RETRY_S
+        now = time.monotonic()
+        due = self._next_beat if self._welcomed else self._started + WELCOME_DEADLINE_S
+        if self._exit_at is not None:
+            due = min(due, self._exit_at)
+        return max(0.0, due - now)
+
+    def _keep_time(self, now: float) -> None:
+        if self._exit_at is not None and now >= self._exit_at:
+            log.warning("shutdown: the main thread did not end within %.1f s", SHUTDOWN_GRACE_S)
+            self._leave(0)
+        if not self._welcomed:
+            if now >= self._started + WELCOME_DEADLINE_S:
+                raise EngineClosed(f"no welcome from {self._endpoint} within {WELCOME_DEADLINE_S:.0f} s")
+        elif now >= self._next_beat:
+            self._next_beat = now + self._beat_interval
+            if self._held is None:
+                self._transmit(self._beat())
+
+    def _beat(self) -> BeatWorker:
+        progress = self.progress
+        at = progress.position
+        return BeatWorker(
+            max(at.term, self._term),
+            at.epoch,
+            self.identity.rank,
+            at.step,
+            at.collective,
+            at.inside,
+            progress.load_done,
+            progress.load_total,
+        )
+
+    def _drain_outbox(self) -> None:
+        if self._held is not None and not self._transmit(self._held):
+            return
+        while self._held is None:
+            try:
+                message = self._outbox.get_nowait()
+            except queue.Empty:
+                return
+            self._transmit(message)
+
+    def _transmit(self, message: FromWorker) -> bool:
+        """Send, or hold the message back until the socket takes it. Raises EngineClosed when the peer is gone."""
+        result = self._dealer.send(message)
+        if result is SendResult.GONE:
+            raise EngineClosed(f"the connection to {self._endpoint} is lost")
+        self._held = None if result is SendResult.SENT else message
+        return self._held is None
+
+    def _take(self, message: ToWorker) -> None:
+        if isinstance(message, WelcomeWorker):
+            self._welcome(message)
+        elif message.term < self._term:
+            self._stale += 1
+        elif isinstance(message, Call) and message.method in ("ping", "stats"):
+            self._answer(message)
+        else:
+            if isinstance(message, Shutdown):
+                self._exit_at = time.monotonic() + SHUTDOWN_GRACE_S
+                self.abort.abort_all(f"shutdown {message.reason}".rstrip())
+            elif isinstance(message, OpenStore | Configure) and (message.term, message.epoch) > self._newest:
+                self._newest = (message.term, message.epoch)
+                self.abort.abort_before(*self._newest, f"epoch {self._newest} begins")
+            self._hand_over(message)
+
+    def _welcome(self, message: WelcomeWorker) -> None:
+        if self._welcomed:
+            self._stale += 1
+            return
+        if message.version != PROTOCOL_VERSION:
+            text = f"protocol version {message.version} found, {PROTOCOL_VERSION} spoken here"
+            self._fault(ProtocolError(text).info)
+            self._leave(1)
+        self._welcomed = True
+        self._term = message.term
+        self._beat_interval = message.config.beat_interval_s
+        self._hand_over(message)
+
+    def _hand_over(self, message: ToWorker) -> None:
+        try:
+            self.inbox.put_nowait(message)
+        except queue.Full:
+            if isinstance(message, Shutdown):  # ends by its grace
+                return
+            text = f"{type(message).__name__} found while {INBOX_LIMIT} messages wait; the limit is {INBOX_LIMIT}"
+            at = message.step if isinstance(message, Step) else -1
+            self._fault(ErrorInfo(kind="protocol", text=text, step=at))
+
+    def _fault(self, info: ErrorInfo) -> None:
+        me, at = self.identity, self.progress.position
+        info = msgspec.structs.replace(info, rank=me.rank, incarnation=me.incarnation, epoch=at.epoch)
+        self.progress.faults += 1
+        log.error("fault: %s", info.text)
+        self._outbox.put(Fault(max(at.term, self._term), at.epoch, me.rank, info), timeout=FLUSH_DEADLINE_S)
+        self._drain_outbox()
+
+    def _answer(self, call: Call) -> None:
+        at, progress = self.progress.position, self.progress
+        value: dict[str, object] = {"pid": os.getpid(), **at._asdict()}
+        if call.method == "stats":
+            value |= {
+                "steps": progress.steps,
+                "dummy_steps": progress.dummy_steps,
+                "stale": progress.stale + self._stale,
+                "faults": progress.faults,
+                "load_done": progress.load_done,
+                "load_total": progress.load_total,
+                "inbox": self.inbox.qsize(),
+                "outbox": self._outbox.qsize(),
+                "socket": msgspec.structs.asdict(self._dealer.statistics()),
+            }
+        self._transmit(CallResult(call.term, call.epoch, call.call_id, self.identity.rank, True, _encode(value)))
+
+    def _leave(self, code: int) -> None:
+        """Send what is queued and end the process; a peer that reads nothing is waited for one second."""
+        self.abort.abort_all("the process ends")
+        deadline = time.monotonic() + FLUSH_DEADLINE_S
+        while time.monotonic() < deadline:
+            self._drain_outbox()
+            if self._held is None and self._outbox.empty():
+                break
+            time.sleep(RETRY_S)
+        self._dealer.close(linger_s=FLUSH_DEADLINE_S)
+        # Terminating the context is what waits for the linger; on its own thread, so that the deadline is ours.
+        ended = threading.Thread(target=self._context.term, daemon=True)
+        ended.start()
+        ended.join(FLUSH_DEADLINE_S)
+        os._exit(code)

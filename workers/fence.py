@@ -1,0 +1,70 @@
+"""Which messages of the coordinator still count.
+
+``(term, epoch)`` is ordered as a pair. What is older than the epoch in force is dropped and counted; within an epoch
+steps come in order, without a gap.
+"""
+
+from __future__ import annotations
+
+from drumline.protocol.errors import ErrorInfo, ProtocolError
+from drumline.protocol.messages import Step
+
+
+class Fence:
+    """The order of one rank's epochs and steps. Not thread-safe: the main thread's own."""
+
+    def __init__(self) -> None:
+        self.term = -1
+        self.epoch = -1
+        self.wave = -1
+        self.next_step = 0
+        self.broken = False
+        self.stale = 0
+
+    def enter(self, term: int, epoch: int) -> bool:
+        """Begin an epoch. False, and counted, when it is not newer than the one in force."""
+        if (term, epoch) <= (self.term, self.epoch):
+            self.stale += 1
+            return False
+        self.term, self.epoch = term, epoch
+        self.wave = -1
+        self.next_step = 0
+        self.broken = False
+        return True
+
+    def is_stale(self, term: int, epoch: int) -> bool:
+        """Whether a message of that epoch comes too late, which is counted."""
+        if (term, epoch) < (self.term, self.epoch):
+            self.stale += 1
+            return True
+        return False
+
+    def admit(self, step: Step) -> bool:
+        """Whether to run ``step``. False, and counted, when its epoch is over or has been broken by a fault.
+
+        Raises:
+            ProtocolError: its epoch was never configured, its number is not the next, or its wave went back.
+        """
+        if self.is_stale(step.term, step.epoch):
+            return False
+        if (step.term, step.epoch) != (self.term, self.epoch):
+            raise self._refusal(
+                step, f"epoch ({step.term}, {step.epoch}) is not configured; in force: ({self.term}, {self.epoch})"
+            )
+        if self.broken:
+            self.stale += 1
+            return False
+        if step.step != self.next_step:
+            raise self._refusal(step, f"step {step.step} found, step {self.next_step} is the next")
+        if step.wave < self.wave:
+            raise self._refusal(step, f"wave {step.wave} found after wave {self.wave}")
+        self.next_step += 1
+        self.wave = step.wave
+        return True
+
+    def break_epoch(self) -> None:
+        """Nothing more of this epoch is run: the table may stand anywhere after a fault."""
+        self.broken = True
+
+    def _refusal(self, step: Step, text: str) -> ProtocolError:
+        return ProtocolError(text, ErrorInfo(kind="protocol", text=text, epoch=self.epoch, step=step.step))

@@ -1,0 +1,249 @@
+"""The tensor groups of an epoch.
+
+Each group is a process group of its own on the epoch's store; torch's global default group is never made. A wait for a
+collective is cut into slices, because a blocked one cannot be interrupted: between two slices the main thread looks at
+the abort flag and may walk away. What it leaves behind, group and buffers, belongs to the epoch and is dropped on
+another thread, since the last reference to a group with a pending operation blocks until the peer is gone.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from drumline.protocol.errors import DrumlineError, ErrorInfo
+from drumline.workers.abort import AbortFlag, EpochAborted
+from drumline.workers.progress import Progress
+
+SLICE_S = 0.05
+COLLECTIVE_DEADLINE_S = 120.0
+FORM_DEADLINE_S = 60.0
+_SLICE = timedelta(seconds=SLICE_S)
+_NCCL_POLL_S = 20e-6
+
+
+class PeerLost(DrumlineError):
+    """A collective failed: the connection to another rank broke. The coordinator knows which process is to blame."""
+
+    kind = "peer_lost"
+    retryable = True
+
+
+class GroupTimeout(DrumlineError):
+    """A collective, or the forming of a group, did not end within its deadline."""
+
+    kind = "group_timeout"
+    retryable = True
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlace:
+    """Where this rank stands in an epoch's group, and how the group meets.
+
+    ``position`` of ``size`` ranks; ``store_host`` and ``store_port`` lead to the epoch's TCPStore.
+    """
+
+    term: int
+    epoch: int
+    position: int
+    size: int
+    store_host: str
+    store_port: int
+    device: torch.device
+
+
+class GroupCoordinator:
+    """One process group, its collectives, their deadlines. Used by the main thread alone.
+
+    Errors of every collective: EpochAborted, PeerLost, GroupTimeout. After any of them the group is of no use and
+    :meth:`close` must be called.
+    """
+
+    def __init__(self, name: str, group: Any, place: GroupPlace, abort: AbortFlag, progress: Progress) -> None:
+        self.name = name
+        self.position = place.position
+        self.size = place.size
+        self.device = place.device
+        self._group = group
+        self._place = place
+        self._abort = abort
+        self._progress = progress
+        self._pending: Any = None
+
+    def all_to_all(self, output: Tensor, source: Tensor, output_splits: list[int], source_splits: list[int]) -> None:
+        """Send ``source_splits[r]`` rows of ``source`` to each rank r, receive ``output_splits[r]`` rows from it.
+
+        Both tensors are contiguous, of one dtype and row width; splits may be 0. Blocks until the rows are there.
+        """
+        self._progress.enter_collective()
+        try:
+            self._pending = self._open_group().alltoall_base(output, source, output_splits, source_splits)
+            self._wait()
+        finally:
+            self._progress.leave_collective()
+
+    def close(self) -> None:
+        """Give the group up. Never blocks, whatever is pending."""
+        remains = [self._pending, self._group]
+        self._pending = self._group = None
+        if remains[1] is None:
+            return
+        if self.device.type == "cuda":
+            remains.insert(0, remains[1].abort)
+        threading.Thread(target=_bury, args=(remains,), name=f"drop-{self.name}", daemon=True).start()
+
+    def _open_group(self) -> Any:
+        self._abort.check(self._place.term, self._place.epoch)
+        if self._group is None:
+            raise EpochAborted(f"group {self.name} of epoch {self._place.epoch} is closed")
+        return self._group
+
+    def _wait(self) -> None:
+        # Slices are counted, not clocked: time in which this process was itself stopped must not count against a peer.
+        waited = 0.0
+        while (failure := self._wait_slice()) is not None:
+            if failure:
+                raise self._error(PeerLost, failure)
+            self._abort.check(self._place.term, self._place.epoch)
+            waited += SLICE_S
+            if waited >= COLLECTIVE_DEADLINE_S:
+                raise self._error(GroupTimeout, f"did not end within {COLLECTIVE_DEADLINE_S:.0f} s")
+        self._pending = None
+
+    def _wait_slice(self) -> str | None:
+        """None when the pending operation is done, "" when it is still pending, else why it failed.
+
+        No frame of an exception may hold on to the operation: the last reference to it must be the burying thread's.
+        """
+        work = self._pending
+        if self.device.type == "cuda":
+            return self._poll_slice(work)
+        try:
+            work.wait(_SLICE)
+        except RuntimeError as error:
+            if not work.is_completed():
+                return ""
+            text = str(error)
+        else:
+            return None
+        # It ended between the two lines above, well or badly; the wait no longer blocks and says which.
+        try:
+            work.wait()
+        except RuntimeError as error:
+            text = str(error) or text
+            return text.partition(". This is typically caused")[0]
+        return None
+
+    def _poll_slice(self, work: Any) -> str | None:
+        # NCCL's own wait only orders streams, and a host that blocks on the stream cannot look at the abort flag.
+        end = time.monotonic() + SLICE_S
+        while time.monotonic() < end:
+            if work.is_completed():
+                failure = work.exception() if not work.is_success() else None
+                if failure is None:
+                    work.wait()
+                return None if failure is None else str(failure)
+            time.sleep(_NCCL_POLL_S)
+        return ""
+
+    def _error(self, kind: type[DrumlineError], text: str) -> DrumlineError:
+        step, collective = self._progress.position[2:4]
+        text = f"group {self.name}, rank {self.position} of {self.size}, collective {collective} of step {step}: {text}"
+        info = ErrorInfo(kind=kind.kind, text=text, retryable=True, epoch=self._place.epoch, step=step)
+        return kind(text, info)
+
+
+class _Forming:
+    """The outcome of a side thread that forms a group."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.group: Any = None
+        self.error: Exception | None = None
+
+
+def form_group(
+    name: str, place: GroupPlace, abort: AbortFlag, progress: Progress, deadline_s: float = FORM_DEADLINE_S
+) -> GroupCoordinator:
+    """Meet the other ranks on the epoch's store and connect to all of them.
+
+    It runs on a side thread, so that a newer epoch, or the end of the process, can abandon it.
+
+    Raises:
+        EpochAborted: the epoch ended meanwhile.
+        GroupTimeout: not all ranks came within ``deadline_s``.
+        PeerLost: the store or a rank went away.
+    """
+    forming = _Forming()
+
+    def run() -> None:
+        try:
+            forming.group = _connect(name, place, deadline_s)
+        except Exception as error:  # carried to the main thread, which raises it
+            forming.error = error
+        forming.done.set()
+
+    threading.Thread(target=run, name=f"form-{name}", daemon=True).start()
+    deadline = time.monotonic() + deadline_s + 1
+    while not forming.done.wait(SLICE_S):
+        abort.check(place.term, place.epoch)
+        if time.monotonic() > deadline:
+            raise GroupTimeout(f"group {name} of epoch {place.epoch} was not formed within {deadline_s:g} s")
+    if isinstance(forming.error, DrumlineError):
+        raise forming.error
+    if forming.error is not None:
+        raise PeerLost(f"group {name} of epoch {place.epoch} could not be formed: {forming.error}") from forming.error
+    return GroupCoordinator(name, forming.group, place, abort, progress)
+
+
+def _connect(name: str, place: GroupPlace, deadline_s: float) -> Any:
+    store = TCPStore(place.store_host, place.store_port, is_master=False, timeout=timedelta(seconds=deadline_s))
+    prefixed = PrefixStore(f"{place.term}/{place.epoch}/{name}", store)
+    connect: Callable[..., Any] = _connect_nccl if place.device.type == "cuda" else _connect_gloo
+    return connect(prefixed, place)
+
+
+def _connect_gloo(store: PrefixStore, place: GroupPlace) -> Any:
+    gloo: Any = distributed.ProcessGroupGloo
+    options = gloo._Options()
+    # Left to itself gloo listens on whatever the host's name resolves to.
+    address = own_address(place.store_host, place.store_port)
+    options._devices = [gloo.create_device(hostname=address, lazy_init=False)]
+    options._timeout = timedelta(seconds=COLLECTIVE_DEADLINE_S + 30)
+    options._threads = 2
+    return gloo(store, place.position, place.size, options)
+
+
+def _connect_nccl(store: PrefixStore, place: GroupPlace) -> Any:
+    nccl: Any = distributed.ProcessGroupNCCL
+    torch.cuda.set_device(place.device)
+    options = nccl.Options()
+    options._timeout = timedelta(seconds=COLLECTIVE_DEADLINE_S + 30)
+    group = nccl(store, place.position, place.size, options)
+    group.eager_connect_single_device(place.device)
+    return group
+
+
+def own_address(host: str, port: int) -> str:
+    """The address of this host on its way to ``host``: what peers there can reach. Sends nothing."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
+def _bury(remains: list[Any]) -> None:
+    first = remains[0]
+    if callable(first):
+        first()
+    del first
+    remains.clear()

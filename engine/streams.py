@@ -1,19 +1,20 @@
 """The state of one request as its reader sees it: tokens in, outputs out.
 
-Nothing here waits or sends. Frames put tokens in by position, so that a repeat is dropped and a gap is told; the
-reader takes whatever is new since it took last, so a slow reader gets fewer and larger deltas and nothing queues up
-behind it: what is kept is the output itself, which max_tokens bounds.
+Nothing here waits or sends; the reader waits for ``changed``. Frames put tokens in by position, so that a repeat is
+dropped and a gap is told; the reader takes whatever is new since it took last, so a slow reader gets fewer and larger
+deltas and nothing queues up behind it: what is kept is the output itself, which max_tokens bounds.
 """
 
 from __future__ import annotations
 
+import asyncio
 import enum
 from collections.abc import Sequence
 
 from drumline.engine.detokenizer import Detokenizer, IncrementalText, TextDecoder
 from drumline.engine.outputs import Logprob, RequestOutput
 from drumline.engine.sampling_params import SamplingParams
-from drumline.protocol.errors import DrumlineError
+from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import LogprobEntry, StreamEnd
 
 
@@ -104,7 +105,12 @@ class _Cursor:
 
 
 class RequestStream:
-    """All sequences of one request, and where its reader stands in each."""
+    """All sequences of one request, and where its reader stands in each.
+
+    ``changed`` is set whenever there may be news for the reader, ``released`` once the engine is through with the
+    request and its id is free. ``resuming_since``: when a Resume was sent that is not answered yet. ``reader`` numbers
+    the readers, of whom the newest wins; ``left``: the reader has gone before the end.
+    """
 
     def __init__(
         self,
@@ -120,8 +126,12 @@ class RequestStream:
         self.prompt_ids = prompt_ids
         self.params = params
         self.num_cached_tokens = 0
-        self.error: DrumlineError | None = None
+        self.error: ErrorInfo | None = None
         self.resuming_since: float | None = None
+        self.reader = 0
+        self.left = False
+        self.changed = asyncio.Event()
+        self.released = asyncio.Event()
         self._tokenizer = tokenizer
         self._eos = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         self.sequences = [self._sequence(index) for index in range(params.n)]
@@ -144,6 +154,7 @@ class RequestStream:
 
     def receive(self, index: int, position: int, token: int, entry: LogprobEntry | None) -> Arrival:
         """Takes one token; see :class:`Arrival`. While a Resume is under way a gap is expected and tells nothing."""
+        self.changed.set()
         logprobs = self._logprobs(entry) if entry is not None else None
         arrival = self.sequences[index].receive(position, token, logprobs)
         if arrival is Arrival.GAP and self.resuming_since is not None:
@@ -152,19 +163,27 @@ class RequestStream:
 
     def receive_end(self, end: StreamEnd) -> Arrival:
         """Takes the end of the sequence ``end.index``."""
+        self.changed.set()
         self.num_cached_tokens = max(self.num_cached_tokens, end.num_cached_tokens)
         arrival = self.sequences[end.index].receive_end(end, self._eos)
         return Arrival.REPEAT if arrival is Arrival.GAP and self.resuming_since is not None else arrival
 
     def abort(self) -> None:
         """Ends what still runs; the engine confirmed a cancel."""
+        self.changed.set()
         for sequence in self.sequences:
             sequence.abort()
 
-    def fail(self, error: DrumlineError) -> None:
+    def fail(self, error: ErrorInfo) -> None:
         """The reader gets what is there, then ``error``. The first error stays."""
+        self.changed.set()
         if self.error is None:
             self.error = error
+
+    def release(self) -> None:
+        """The id is free; a reader that still waits has its last news."""
+        self.released.set()
+        self.changed.set()
 
     def _logprobs(self, entry: LogprobEntry) -> dict[int, Logprob]:
         found = {entry.token: self._logprob(entry.token, entry.logprob, entry.rank)}
@@ -196,7 +215,9 @@ class RequestStream:
         return all(sequence.closed for sequence in self.sequences)
 
     def rewind(self, positions: Sequence[int]) -> None:
-        """The next :meth:`take` starts at ``positions``, at most what has been received, one for each sequence."""
+        """A new reader: the next :meth:`take` starts at ``positions``, one for each sequence, at most what is here."""
+        self.reader += 1
+        self.changed.set()
         self._cursors = [
             _Cursor(position, sequence.text_length_at(position))
             for position, sequence in zip(positions, self.sequences, strict=True)

@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import pytest
@@ -71,7 +72,7 @@ def test_text_of_the_demo_tokenizer_agrees_with_decoding_everything_at_once(ids:
     whole = DEMO.decode(ids)
     if "�" not in whole and "�" not in DEMO.decode(prompt):
         assert text == whole
-    assert all(later.startswith(earlier) for earlier, later in zip(prefixes, prefixes[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(prefixes))
 
 
 def test_a_stop_string_is_found_across_tokens_and_cut_off() -> None:

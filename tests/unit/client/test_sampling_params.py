@@ -130,7 +130,8 @@ def test_an_unknown_name_in_a_mapping_is_refused_and_the_known_ones_are_listed()
 
 
 def test_values_are_normalised() -> None:
-    params = SamplingParams(stop="end", stop_token_ids=[np.int64(3), 3], temperature=np.float32(0.5), seed=-1, top_k=-1)
+    of_numpy: dict[str, Any] = {"stop_token_ids": [np.int64(3), 3], "temperature": np.float32(0.5)}
+    params = SamplingParams(stop="end", seed=-1, top_k=-1, **of_numpy)
     assert params.stop_strings == ("end",)
     assert params.stop_token_ids == (3,)
     assert type(params.temperature) is float

@@ -1,0 +1,304 @@
+"""The async engine, as an app embeds it."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer
+
+from drumline.engine.config import EngineConfig
+from drumline.engine.connection import Connection, Timing
+from drumline.engine.generation import Generation
+from drumline.engine.launch.local import LocalEngine, start_local
+from drumline.engine.outputs import RankReply
+from drumline.engine.prompts import check_request_id, load_tokenizer, prompt_ids, submit_message
+from drumline.engine.sampling_params import SamplingParams
+from drumline.engine.streams import RequestStream
+from drumline.protocol.errors import (
+    DrumlineError,
+    DuplicateRequest,
+    EngineClosed,
+    InvalidConfig,
+    InvalidRequest,
+    ProtocolError,
+    StartFailed,
+)
+from drumline.protocol.messages import (
+    PROTOCOL_VERSION,
+    CallRanks,
+    Cancel,
+    Event,
+    ModelInfo,
+    StatusQuery,
+    Submit,
+    WelcomeClient,
+)
+from drumline.protocol.status import EngineStatus
+
+CLOSE_TIMEOUT_S = 10.0
+# A call to every rank is answered by the coordinator once its own timeout has passed; the answer needs time to travel.
+_CALL_SLACK_S = 5.0
+
+
+class AsyncEngine:
+    """An engine that lives as long as this object is open::
+
+        async with AsyncEngine(EngineConfig(model="demo")) as engine:
+            async for out in engine.generate("Once upon", SamplingParams(max_tokens=64)):
+                print(out.text_delta, end="", flush=True)
+
+    Used from the event loop that started it. Requests may run side by side, one task each.
+    ``on_event`` is called with every :class:`~drumline.protocol.messages.Event`: progress of the start, then faults.
+    """
+
+    def __init__(self, config: EngineConfig, *, on_event: Callable[[Event], None] | None = None) -> None:
+        if not isinstance(config, EngineConfig):
+            raise InvalidConfig("config", type(config).__name__, "an EngineConfig")
+        self.config = config
+        self._on_event = on_event
+        self._timing = Timing(start_silence_s=config.faults.start_deadline_s + 30.0)
+        self._local: LocalEngine | None = None
+        self._connection: Connection | None = None
+        self._info: ModelInfo | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._started = False
+        self._closing: asyncio.Task[None] | None = None
+
+    # -- life
+
+    async def __aenter__(self) -> AsyncEngine:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def start(self, on_event: Callable[[Event], None] | None = None) -> None:
+        """Starts the processes and returns once requests can be served.
+
+        Raises :class:`InvalidConfig` for a model or layout that cannot work, :class:`StartFailed` when a process
+        fails; whatever had been started is gone then.
+        """
+        if self._started:
+            raise EngineClosed("an engine starts once: make a new AsyncEngine")
+        self._started = True
+        if on_event is not None:
+            self._on_event = on_event
+        try:
+            self._local = await start_local(self.config, self._tell)
+            self._connection = Connection(
+                self._local.client_endpoint, self._timing, self._tell, cause=self._local.failed
+            )
+            await self._enter(await self._connection.welcome)
+        except EngineClosed as error:
+            await self.close()
+            raise StartFailed(error.text, msgspec.structs.replace(error.info, kind=StartFailed.kind)) from error
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _enter(self, welcome: WelcomeClient) -> None:
+        if welcome.version != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"the coordinator speaks protocol version {welcome.version}, this is {PROTOCOL_VERSION}"
+            )
+        if welcome.tokenizer:
+            self._tokenizer = await asyncio.to_thread(load_tokenizer, welcome.tokenizer)
+        self._info = welcome.info
+
+    def _tell(self, event: Event) -> None:
+        if self._on_event is None:
+            return
+        try:
+            self._on_event(event)
+        except Exception as error:  # the app's own mistake must not end the engine, and must not go unseen
+            context = {"message": "on_event of AsyncEngine raised", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+
+    async def close(self) -> None:
+        """Ends the engine and everything it started, within about ten seconds. Idempotent; requests that still run
+        raise :class:`EngineClosed`."""
+        if self._closing is None:
+            self._started = True
+            self._closing = asyncio.create_task(self._close())
+        try:
+            await asyncio.shield(self._closing)
+        except asyncio.CancelledError:
+            # Whoever is cancelled here still leaves nothing behind; the wait is as bounded as it was.
+            await asyncio.wait([self._closing])
+            raise
+
+    async def _close(self) -> None:
+        if self._connection is not None:
+            await self._connection.close()
+        if self._local is not None:
+            await self._local.close(CLOSE_TIMEOUT_S)
+
+    # -- requests
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
+    ) -> Generation:
+        """Iterates over the outputs of one request, which is submitted when iteration begins.
+
+        ``prompt``: text or token ids. ``priority``: lower runs first. ``data_parallel_rank`` pins the request to one
+        replica. Leaving the loop cancels at once. Raises (from the iteration) :class:`InvalidRequest`,
+        :class:`DuplicateRequest`, ``QueueFull``, ``RequestFailed`` when a fault ends it, :class:`EngineClosed`.
+        """
+
+        async def open_stream() -> RequestStream:
+            return await self._submit(prompt, params, request_id, priority, data_parallel_rank)
+
+        return Generation(open_stream, self._leave)
+
+    def resume(self, request_id: str, positions: Sequence[int] = ()) -> Generation:
+        """Iterates over a live request from ``positions`` (generated tokens already read, by index; none given: from
+        the start). The reader before it, if any, ends with ``RequestFailed``: the newest reader wins."""
+
+        async def open_stream() -> RequestStream:
+            connection, _ = self._require_ready()
+            stream = connection.inbox.requests.get(request_id)
+            if stream is None:
+                raise InvalidRequest("request_id", request_id, "the id of a request that runs in this engine")
+            start = tuple(positions) or (0,) * len(stream.sequences)
+            if len(start) != len(stream.sequences) or any(
+                not 0 <= at <= have for at, have in zip(start, stream.positions, strict=True)
+            ):
+                raise InvalidRequest("positions", start, f"one for each index, at most {stream.positions}")
+            stream.rewind(start)
+            return stream
+
+        return Generation(open_stream, self._leave)
+
+    async def cancel(self, request_id: str) -> None:
+        """Returns when the request computes no more and its blocks are free; its reader sees finish_reason "abort".
+        Cancelling one that has ended does nothing."""
+        connection, _ = self._require_ready()
+        check_request_id(request_id)
+        await connection.call(lambda call_id: Cancel(call_id, request_id), f"cancel {request_id!r}")
+
+    async def _submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None,
+        request_id: str | None,
+        priority: int,
+        data_parallel_rank: int | None,
+    ) -> RequestStream:
+        connection, info = self._require_ready()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest("params", type(params).__name__, "a SamplingParams")
+        request_id = f"request-{uuid.uuid4().hex[:16]}" if request_id is None else request_id
+        check_request_id(request_id)
+        ids = await prompt_ids(prompt, self._tokenizer, info)
+        submit = submit_message(request_id, ids, params, info, priority=priority, data_parallel_rank=data_parallel_rank)
+        await self._wait_for_id(connection, request_id)
+        text = prompt if isinstance(prompt, str) else None
+        stream = RequestStream(request_id, text, ids, params, self._tokenizer, info.eos_token_ids)
+        connection.inbox.add(stream)
+        try:
+            await connection.call(_numbered(submit), f"submit {request_id!r}")
+        except DrumlineError:
+            connection.inbox.remove(stream)
+            raise
+        except BaseException:
+            self._leave(stream)
+            raise
+        return stream
+
+    async def _wait_for_id(self, connection: Connection, request_id: str) -> None:
+        """An id is free once the engine has let go of it: that takes a moment after the reader has."""
+        while (live := connection.inbox.requests.get(request_id)) is not None:
+            if not (live.finished or live.left):
+                raise DuplicateRequest(f"request {request_id!r} is running")
+            try:
+                async with asyncio.timeout(connection.timing.answer_s):
+                    await live.released.wait()
+            except TimeoutError:
+                raise DuplicateRequest(f"request {request_id!r} has not ended in the engine yet") from None
+            connection.check_open()
+
+    def _leave(self, stream: RequestStream) -> None:
+        """The reader is gone: what still runs is cancelled. The id is free when the engine has confirmed it."""
+        connection = self._connection
+        if connection is None or stream.released.is_set() or stream.left:
+            return
+        stream.left = True
+        if not stream.finished:
+            connection.cancel_quietly(stream.request_id)
+
+    # -- questions
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """The model that is served: its limits and special tokens."""
+        return self._require_ready()[1]
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, or None where the folder has none."""
+        self._require_ready()
+        return self._tokenizer
+
+    async def status(self) -> EngineStatus:
+        """The state of the engine, its groups, replicas and ranks, at this moment."""
+        connection, _ = self._require_ready()
+        report = await connection.call(StatusQuery, "status")
+        return msgspec.json.decode(report.status, type=EngineStatus)
+
+    async def collective_rpc(
+        self,
+        method: str,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> list[RankReply]:
+        """Runs a control call ("ping", "stats") on every rank; replies by rank. Arguments are what msgpack can carry.
+        A rank that fails or does not answer within ``timeout`` seconds (5) has ``ok`` False and says why."""
+        connection, _ = self._require_ready()
+        limit = 5.0 if timeout is None else timeout
+        if limit <= 0:
+            raise InvalidRequest("timeout", timeout, "seconds, above 0")
+        try:
+            packed = msgspec.msgpack.encode((tuple(args), dict(kwargs or {}))) if args or kwargs else b""
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest("args", str(error), "values that msgpack can carry") from None
+        result = await connection.call(
+            lambda call_id: CallRanks(call_id, method, packed, limit), f"call {method!r}", limit + _CALL_SLACK_S
+        )
+        replies = [
+            RankReply(
+                rank=answer.rank,
+                ok=answer.ok,
+                value=msgspec.msgpack.decode(answer.value) if answer.value else None,
+                error=answer.error,
+            )
+            for answer in result.answers
+        ]
+        return sorted(replies, key=lambda reply: reply.rank)
+
+    def _require_ready(self) -> tuple[Connection, ModelInfo]:
+        if self._closing is not None:
+            raise EngineClosed("the engine is closed")
+        if self._connection is None or self._info is None:
+            raise EngineClosed("the engine has not been started: use `async with AsyncEngine(config) as engine`")
+        self._connection.check_open()
+        return self._connection, self._info
+
+
+def _numbered(submit: Submit) -> Callable[[int], Submit]:
+    return lambda call_id: msgspec.structs.replace(submit, call_id=call_id)

@@ -1,0 +1,191 @@
+"""What the coordinator's messages mean to the requests of one connection. Opens no socket and reads no clock.
+
+Every method that may have something to answer returns the messages to send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from drumline.engine.streams import Arrival, RequestStream
+from drumline.protocol.errors import ErrorInfo
+from drumline.protocol.messages import (
+    Accepted,
+    Ack,
+    Finished,
+    FromClient,
+    Resume,
+    Resumed,
+    Stop,
+    Tokens,
+)
+
+# The coordinator sends nothing more with 64 frames unacknowledged.
+ACK_EVERY = 16
+
+
+class Inbox:
+    """The live requests of a connection, by id and by stream handle.
+
+    ``next_call_id`` numbers the Resumes. ``statistics`` counts tokens and frames, and what was dropped or missing.
+    """
+
+    def __init__(self, next_call_id: Callable[[], int]) -> None:
+        self.requests: dict[str, RequestStream] = {}
+        self.statistics = dict.fromkeys(("frames", "tokens", "repeats", "gaps", "unknown_handles", "resumes"), 0)
+        self._next_call_id = next_call_id
+        self._handles: dict[int, tuple[RequestStream, int]] = {}
+        self._handles_of: dict[str, tuple[int, ...]] = {}
+        self._last_frame: int | None = None
+        self._acknowledged: int | None = None
+
+    # -- requests come and go
+
+    def add(self, stream: RequestStream) -> None:
+        self.requests[stream.request_id] = stream
+
+    def remove(self, stream: RequestStream) -> None:
+        """Forgets a request that has ended in the engine, or never began: its id is free."""
+        if self.requests.get(stream.request_id) is stream:
+            del self.requests[stream.request_id]
+            self._unbind(stream.request_id)
+        stream.release()
+
+    def accepted(self, message: Accepted) -> None:
+        stream = self.requests.get(message.request_id)
+        if stream is not None:
+            stream.num_cached_tokens = message.num_cached_tokens
+            self._bind(stream, message.handles.tolist())
+
+    def cancelled(self, request_id: str) -> None:
+        """The engine has freed the request: whatever still ran ends as aborted."""
+        stream = self.requests.get(request_id)
+        if stream is not None:
+            stream.abort()
+            self.remove(stream)
+
+    def fail(self, request_id: str, error: ErrorInfo) -> None:
+        stream = self.requests.get(request_id)
+        if stream is not None:
+            stream.fail(error)
+            self.remove(stream)
+
+    def fail_all(self, error: ErrorInfo) -> None:
+        for request_id in list(self.requests):
+            self.fail(request_id, error)
+
+    # -- frames
+
+    def tokens(self, message: Tokens, now: float) -> list[FromClient]:
+        answers = self._count_frame(message.frame, now)
+        self.statistics["tokens"] += len(message.tokens)
+        entries = dict(zip(message.logprob_index.tolist(), message.logprobs, strict=False))
+        arrived = zip(message.handles.tolist(), message.positions.tolist(), message.tokens.tolist(), strict=False)
+        for place, (handle, position, token) in enumerate(arrived):
+            known = self._handles.get(handle)
+            if known is None:
+                self.statistics["unknown_handles"] += 1
+                continue
+            stream, index = known
+            arrival = stream.receive(index, position, token, entries.get(place))
+            if arrival is Arrival.MATCHED:
+                answers.append(Stop(stream.request_id, index, position + 1))
+            elif arrival is Arrival.REPEAT:
+                self.statistics["repeats"] += 1
+            elif arrival is Arrival.GAP:
+                answers += self._resume(stream, now)
+        return answers
+
+    def finished(self, message: Finished, now: float) -> list[FromClient]:
+        """Ends. They are acknowledged at once, so that the engine can forget the request and its id is free."""
+        answers = self._count_frame(message.frame, now)
+        for end in message.ends:
+            stream = self.requests.get(end.request_id)
+            if stream is None or not 0 <= end.index < len(stream.sequences):
+                self.statistics["unknown_handles"] += 1
+            elif stream.receive_end(end) is Arrival.GAP:
+                answers += self._resume(stream, now)
+            elif stream.closed:
+                self.remove(stream)
+        return [*answers, *self.acknowledge()]
+
+    def behind(self, now: float) -> list[FromClient]:
+        """Frames were left out: everything that is live is asked for again."""
+        self._last_frame = None
+        self._acknowledged = None
+        return self._resume_all(now)
+
+    def resumed(self, message: Resumed) -> list[FromClient]:
+        """All tokens so far of one request, and new handles; what is here already is passed over."""
+        stream = self.requests.get(message.request_id)
+        if stream is None:
+            return []
+        stream.resuming_since = None
+        self._bind(stream, message.handles.tolist())
+        answers: list[FromClient] = []
+        for index, tokens in enumerate(message.tokens[: len(stream.sequences)]):
+            entries = message.logprobs[index] if index < len(message.logprobs) else ()
+            for position in range(len(stream.sequences[index].token_ids), len(tokens)):
+                entry = entries[position] if position < len(entries) else None
+                arrival = stream.receive(index, position, int(tokens[position]), entry)
+                if arrival is Arrival.MATCHED:
+                    answers.append(Stop(stream.request_id, index, position + 1))
+                    break
+        for end in message.ends:
+            if 0 <= end.index < len(stream.sequences):
+                stream.receive_end(end)
+        if stream.closed:
+            self.remove(stream)
+        return answers
+
+    def acknowledge(self) -> list[FromClient]:
+        """An Ack for everything read, or nothing when all is acknowledged."""
+        if self._last_frame is None or self._last_frame == self._acknowledged:
+            return []
+        self._acknowledged = self._last_frame
+        return [Ack(self._last_frame)]
+
+    def overdue(self, now: float, limit_s: float) -> Iterable[RequestStream]:
+        """Requests whose Resume has gone unanswered for ``limit_s``."""
+        return [
+            stream
+            for stream in self.requests.values()
+            if stream.resuming_since is not None and now - stream.resuming_since > limit_s
+        ]
+
+    def _count_frame(self, frame: int, now: float) -> list[FromClient]:
+        self.statistics["frames"] += 1
+        last = self._last_frame
+        if last is not None and frame <= last:
+            return []
+        self._last_frame = frame
+        if self._acknowledged is None:
+            self._acknowledged = frame - 1
+        # Tokens would show a gap of their own at the next position, but the end of a request would be missed.
+        answers = self._resume_all(now) if last is not None and frame != last + 1 else []
+        return answers + (self.acknowledge() if frame - self._acknowledged >= ACK_EVERY else [])
+
+    def _resume_all(self, now: float) -> list[FromClient]:
+        answers: list[FromClient] = []
+        for stream in list(self.requests.values()):
+            if stream.request_id in self._handles_of:
+                answers += self._resume(stream, now)
+        return answers
+
+    def _resume(self, stream: RequestStream, now: float) -> list[FromClient]:
+        self.statistics["gaps"] += 1
+        if stream.resuming_since is not None:
+            return []
+        stream.resuming_since = now
+        self.statistics["resumes"] += 1
+        return [Resume(self._next_call_id(), stream.request_id, stream.positions)]
+
+    def _bind(self, stream: RequestStream, handles: list[int]) -> None:
+        self._unbind(stream.request_id)
+        self._handles_of[stream.request_id] = tuple(handles)
+        for index, handle in enumerate(handles[: len(stream.sequences)]):
+            self._handles[handle] = (stream, index)
+
+    def _unbind(self, request_id: str) -> None:
+        for handle in self._handles_of.pop(request_id, ()):
+            self._handles.pop(handle, None)

@@ -1,0 +1,119 @@
+"""From what an app passes to ``generate`` to what is submitted, checked against the model that is served."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from drumline.engine.sampling_params import SamplingParams
+from drumline.protocol.errors import InvalidConfig, InvalidRequest
+from drumline.protocol.messages import I32, ModelInfo, Submit
+
+LONGEST_REQUEST_ID = 256
+_ENCODE_IN_THREAD = 50_000
+_INT32_MAX = 2**31 - 1
+
+
+def load_tokenizer(content: bytes) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, with padding and truncation off: a prompt is never cut in silence."""
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises plain Exception
+        raise InvalidConfig("tokenizer", str(error), "a tokenizer.json of the tokenizers library") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+async def prompt_ids(prompt: str | Sequence[int], tokenizer: Tokenizer | None, info: ModelInfo) -> list[int]:
+    """Token ids of ``prompt``. Raises :class:`InvalidRequest` when it is empty, no text or ids, or out of range."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            valid = "a list of token ids: the model folder has no tokenizer.json"
+            raise InvalidRequest("prompt", "text", valid)
+        ids = await _encode(prompt, tokenizer)
+    else:
+        ids = _whole_numbers(prompt)
+    if not ids:
+        raise InvalidRequest("prompt", "no tokens", "at least one token")
+    lowest, highest = min(ids), max(ids)
+    if lowest < 0 or highest >= info.vocab_size:
+        found = lowest if lowest < 0 else highest
+        raise InvalidRequest("prompt", f"token id {found}", f"token ids 0 to {info.vocab_size - 1}")
+    return ids
+
+
+async def _encode(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("prompt", f"a lone surrogate at character {error.start}", "text that is Unicode") from None
+    if len(prompt) > _ENCODE_IN_THREAD:
+        return list((await asyncio.to_thread(tokenizer.encode, prompt)).ids)
+    return list(tokenizer.encode(prompt).ids)
+
+
+def _whole_numbers(prompt: object) -> list[int]:
+    """A caller may ignore the annotations: anything can come here."""
+    valid = "a string, or a list of token ids"
+    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence | np.ndarray):
+        raise InvalidRequest("prompt", type(prompt).__name__, valid)
+    ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+    try:
+        if any(isinstance(item, bool) for item in ids):
+            raise TypeError
+        return [operator.index(item) for item in ids]
+    except TypeError:
+        wrong = next(type(item).__name__ for item in ids if isinstance(item, bool) or not hasattr(item, "__index__"))
+        raise InvalidRequest("prompt", f"a {wrong} among the token ids", valid) from None
+
+
+def check_request_id(request_id: object) -> None:
+    if not isinstance(request_id, str) or not 1 <= len(request_id) <= LONGEST_REQUEST_ID:
+        raise InvalidRequest("request_id", request_id, f"a string of 1 to {LONGEST_REQUEST_ID} characters")
+
+
+def submit_message(
+    request_id: str,
+    ids: list[int],
+    params: SamplingParams,
+    info: ModelInfo,
+    *,
+    priority: int,
+    data_parallel_rank: int | None,
+) -> Submit:
+    """The Submit of a request, with call id 0. Raises :class:`InvalidRequest` for what does not fit the model."""
+    stop_ids = tuple(params.stop_token_ids or ())
+    if stop_ids and max(stop_ids) >= info.vocab_size:
+        raise InvalidRequest("stop_token_ids", max(stop_ids), f"token ids 0 to {info.vocab_size - 1}")
+    if params.stop_strings and not info.has_tokenizer:
+        raise InvalidRequest(
+            "stop", list(params.stop_strings), "no stop strings: the model folder has no tokenizer.json"
+        )
+    if not _is_whole(priority, -_INT32_MAX, _INT32_MAX):
+        raise InvalidRequest("priority", priority, f"a whole number, {-_INT32_MAX} to {_INT32_MAX}; lower runs first")
+    if data_parallel_rank is not None and not _is_whole(data_parallel_rank, 0, info.data_parallel_size - 1):
+        valid = f"None, or 0 to {info.data_parallel_size - 1}"
+        raise InvalidRequest("data_parallel_rank", data_parallel_rank, valid)
+    prompt: I32 = np.array(ids, dtype=np.int32)
+    room = max(1, info.max_model_len - len(ids))
+    return Submit(
+        call_id=0,
+        request_id=request_id,
+        prompt=prompt,
+        sampling=params.to_spec(),
+        max_tokens=room if params.max_tokens is None else params.max_tokens,
+        n=params.n,
+        seed_given=params.has_seed,
+        ignore_eos=params.ignore_eos,
+        priority=priority,
+        data_parallel_rank=-1 if data_parallel_rank is None else data_parallel_rank,
+    )
+
+
+def _is_whole(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

@@ -29,7 +29,7 @@ from tools.demo_model import DemoConfig, DemoModel
 from tools.demo_optimizer import DemoOptimizer
 
 TOKENS_PER_STEP = 2048
-BALANCE_WEIGHT = 0.003
+BALANCE_WEIGHT = 0.012  # at 0.003 a tenth of the experts falls asleep
 PEAK_RATE, WARMUP, FINAL_SHARE = 4e-3, 0.02, 0.02
 ADAM_SHARE = 0.75  # AdamW's rate over Muon's
 LENGTHS = ((0.6, 256), (0.9, 512), (1.0, 1024))  # sequences of this length until this progress: attention is dear

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,8 @@ class StepDriver:
         """Run ``streams_of_replicas[i]`` on runner i until all are done."""
         for replica, streams in zip(self.replicas, streams_of_replicas, strict=True):
             replica.waiting.extend(streams)
-        with ThreadPoolExecutor(len(self.replicas)) as threads:
+        # OpenMP counts threads by thread: more than one each would only fight over the cores.
+        with ThreadPoolExecutor(len(self.replicas), initializer=torch.set_num_threads, initargs=(1,)) as threads:
             while any(replica.unfinished for replica in self.replicas):
                 self._run_step(threads)
 
@@ -141,6 +142,11 @@ class StepDriver:
         for number, (replica, (parts, _)) in enumerate(zip(self.replicas, plans, strict=True)):
             step = Step(term=1, epoch=1, wave=1, step=self.step, num_tokens_across_dp=counts, **parts)
             runs.append(threads.submit(replica.runner.execute, step, number))
+        # A replica that fails leaves the others waiting for it: its own error is the one worth seeing.
+        wait(runs, STEP_DEADLINE_S, FIRST_EXCEPTION)
+        for run in runs:
+            if run.done():
+                run.result()
         for replica, (_, computes), run in zip(self.replicas, plans, runs, strict=True):
             self._apply(replica, computes, run.result(STEP_DEADLINE_S))
 

@@ -99,7 +99,7 @@ class MoeLayer:
         all_x, all_slots = self.exchange.dispatch(x, slots, counts)
         outputs, pair_index = self._compute_local(all_x, all_slots.reshape(-1))
         home = self.exchange.combine(outputs, pair_index, routing.owner_of_slot[slots.reshape(-1)])
-        pairs = home.view(len(x), k, -1)
+        pairs = home.view(len(x), k, x.shape[1])
         # An explicit order: a library reduction may group the terms differently from one batch size to another.
         total = pairs[:, 0] * weights[:, 0:1]
         for i in range(1, k):

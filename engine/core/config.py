@@ -1,0 +1,65 @@
+"""The numbers that the core works by."""
+
+from __future__ import annotations
+
+import msgspec
+
+from drumline.protocol.errors import InvalidConfig
+
+
+class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What scheduling depends on. Limits are per replica; lengths are in tokens.
+
+    ``lockstep``: all replicas form one lockstep group (a MoE model); else each replica is a group of its own (dense).
+    ``max_waiting`` bounds the sequences that wait for a row, over all replicas. ``prefix_affinity`` lets the router
+    prefer the replica that holds most of a prompt in its prefix cache.
+
+    Raises :class:`InvalidConfig`, naming the field.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    data_parallel_size: int = 1
+    lockstep: bool = False
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    async_scheduling: bool = True
+    max_waiting: int = 8192
+    prefix_affinity: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "block_size", "vocab_size", "data_parallel_size", "max_waiting"):
+            value = getattr(self, name)
+            if value < 1:
+                raise InvalidConfig(name, value, "1 or more")
+        if self.max_model_len < 2:
+            raise InvalidConfig("max_model_len", self.max_model_len, "2 or more: a prompt token and a generated one")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InvalidConfig(
+                "max_num_batched_tokens",
+                self.max_num_batched_tokens,
+                f"{self.max_num_seqs} (max_num_seqs) or more: every running sequence computes a token in each step",
+            )
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise InvalidConfig(
+                "max_num_batched_tokens",
+                self.max_num_batched_tokens,
+                f"{self.max_model_len} (max_model_len) or more while enable_chunked_prefill is off",
+            )
+        for token in self.eos_token_ids:
+            if not 0 <= token < self.vocab_size:
+                raise InvalidConfig("eos_token_ids", token, f"0 to {self.vocab_size - 1}")
+
+    @property
+    def steps_in_flight(self) -> int:
+        """How many steps may be sent and not yet acknowledged by every replica of the group."""
+        return 2 if self.async_scheduling else 1
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The longest prompt that leaves room for one generated token in the context."""
+        return self.max_model_len - 1

@@ -1,0 +1,197 @@
+"""The core as the coordinator sees it: messages in, steps and outputs out. No socket, no clock, no task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+
+import numpy as np
+
+from drumline.engine.core.config import CoreConfig
+from drumline.engine.core.lockstep import LockstepGroup
+from drumline.engine.core.outputs import ConnectionOutput
+from drumline.engine.core.prefix_cache import PrefixHasher
+from drumline.engine.core.request_book import RequestBook
+from drumline.protocol.errors import ErrorInfo, InvalidConfig
+from drumline.protocol.messages import Accepted, Cancel, Rejected, Resume, Resumed, Step, StepDone, Stop, Submit
+from drumline.protocol.status import GroupStatus, ReplicaStatus, RequestCounts
+
+
+class EngineCore:
+    """Requests of all connections over all replicas.
+
+    ``num_blocks``: KV blocks of each replica. ``seed`` is where the seeds of requests without one come from.
+    Call :meth:`plan` until it returns nothing after every :meth:`apply` and every :meth:`submit`, send what it returns,
+    then call :meth:`maintain`. Raises :class:`InvalidConfig` unless every replica has blocks.
+    """
+
+    def __init__(self, config: CoreConfig, num_blocks: Ordered[int], term: int, seed: int) -> None:
+        if len(num_blocks) != config.data_parallel_size or min(num_blocks, default=0) < 1:
+            raise InvalidConfig("num_blocks", list(num_blocks), f"{config.data_parallel_size} counts of 1 or more")
+        self.config = config
+        self.term = term
+        hasher = PrefixHasher(config.block_size, config.max_model_len) if config.enable_prefix_caching else None
+        together = config.data_parallel_size if config.lockstep else 1
+        self._per_group = together
+        self._groups = [
+            LockstepGroup(config, list(num_blocks[i : i + together]), term, hasher)
+            for i in range(0, len(num_blocks), together)
+        ]
+        random = np.random.default_rng([seed & (2**64 - 1), term])
+        self._book = RequestBook(config, self._groups, hasher, random)
+
+    # -------------------------------------------------------------------------------------------------------- requests
+
+    def submit(self, connection: int, msg: Submit, now: float) -> Accepted | Rejected:
+        """Takes a request in, or says why not. Its sequences wait for rows of the replica that the router chose."""
+        self._settle()
+        return self._book.submit(connection, msg)
+
+    def stop(self, connection: int, msg: Stop) -> None:
+        """Ends a sequence after ``num_tokens`` generated tokens, if it has not ended yet. Anything that does not name
+        tokens which this connection has been given is ignored and counted."""
+        self._settle()
+        self._book.stop(connection, msg)
+        self._release()
+
+    def cancel(self, connection: int, msg: Cancel, now: float) -> None:
+        """Ends what is left of a request with reason abort. Confirmed, among the outputs, once all its rows are free
+        and its blocks are back; at once for a request that is not known or has ended."""
+        self._settle()
+        self._book.cancel(connection, msg)
+        self._release()
+
+    def drop_connection(self, connection: int, now: float) -> None:
+        """The client is gone: its requests are cancelled and forgotten."""
+        self._settle()
+        self._book.drop_connection(connection)
+        self._release()
+
+    def resume(self, connection: int, msg: Resume) -> Resumed | Rejected:
+        """Delivery goes on to ``connection``, after every acknowledged token so far. On a connection that did not have
+        the request before, its streams get new handles."""
+        self._settle()
+        return self._book.resume(connection, msg)
+
+    def forget(self, request_id: str) -> None:
+        """The client has acknowledged the end of a request: its id may be used again. One that has not ended stays."""
+        self._book.forget(request_id)
+
+    def fail_all(self, error: ErrorInfo) -> list[tuple[int, str]]:
+        """Gives up every request that has not ended, because of ``error``. Returns (connection, request id) of each.
+
+        Outputs collected before may still be taken; the requests are forgotten.
+        """
+        self._settle()
+        failed = self._book.fail_all(error)
+        self._release()
+        return failed
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+
+    def open_epoch(self, group: int, epoch: int) -> None:
+        """The group's workers are ready, with empty tables. Steps are numbered from 0 again."""
+        self._settle()
+        self._groups[group].open_epoch(epoch)
+        self._release()
+
+    def plan(self, now: float) -> list[tuple[int, Step]]:
+        """One step of one group, for all its replicas, as (replica, step); nothing when none may or need be planned."""
+        self._settle()
+        for index, group in enumerate(self._groups):
+            steps = group.plan()
+            if steps:
+                first = index * self._per_group
+                return [(first + i, step) for i, step in enumerate(steps)]
+        return []
+
+    def apply(self, replica: int, done: StepDone, now: float) -> None:
+        """A replica's answer to its oldest unacknowledged step. Raises :class:`ProtocolError` when it is not that, or
+        has the wrong number of tokens, or tokens outside the vocabulary; nothing has changed then."""
+        self._groups[replica // self._per_group].apply(replica % self._per_group, done)
+
+    def maintain(self, now: float) -> None:
+        """Work that no step waits for: enters filled blocks into the prefix cache."""
+        self._settle()
+        for group in self._groups:
+            group.residence.cache_all()
+
+    def outputs(self) -> list[ConnectionOutput]:
+        """What is new for each connection since the last call."""
+        self._settle()
+        return self._book.outbox.take()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is unfinished and no step is in flight."""
+        return all(group.unfinished == 0 and not group.in_flight for group in self._groups)
+
+    # ---------------------------------------------------------------------------------------------------------- status
+
+    def group_status(self) -> tuple[GroupStatus, ...]:
+        self._settle()
+        return tuple(
+            GroupStatus(
+                id=index,
+                replicas=tuple(range(index * self._per_group, (index + 1) * self._per_group)),
+                epoch=group.epoch,
+                wave=group.wave.number,
+                wave_state=group.wave.state.value,
+                step=group.next_step - 1,
+                dummy_steps=group.dummy_steps,
+            )
+            for index, group in enumerate(self._groups)
+        )
+
+    def replica_status(self) -> tuple[ReplicaStatus, ...]:
+        self._settle()
+        statuses: list[ReplicaStatus] = []
+        for group in self._groups:
+            for replica in range(group.replicas):
+                statuses.append(
+                    ReplicaStatus(
+                        dp_rank=len(statuses),
+                        attn_rank=0,
+                        running=int(group.residence.running[replica]),
+                        waiting=len(group.scheduler.waiting[replica]),
+                        blocks_total=group.pool.num_blocks[replica],
+                        blocks_free=group.pool.available(replica),
+                        blocks_cached=group.pool.cached(replica),
+                    )
+                )
+        return tuple(statuses)
+
+    def request_counts(self) -> RequestCounts:
+        return self._book.counts()
+
+    def counters(self) -> dict[str, int]:
+        """Counts since the start of the term, by name."""
+        groups = self._groups
+        caches = [group.cache for group in groups if group.cache is not None]
+        return {
+            "steps": sum(group.steps for group in groups),
+            "dummy_steps": sum(group.dummy_steps for group in groups),
+            "admissions": sum(group.scheduler.admitted for group in groups),
+            "preemptions": sum(group.scheduler.preemptions for group in groups),
+            "chunked_prefills": sum(group.scheduler.chunked_prefills for group in groups),
+            "prefix_queried_tokens": sum(cache.queried_tokens for cache in caches),
+            "prefix_hit_tokens": sum(cache.hit_tokens for cache in caches),
+            "ignored_stops": self._book.ignored_stops,
+        }
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _settle(self) -> None:
+        """Books the answers that :meth:`apply` has kept since the last call. Every reader comes through here first."""
+        for group in self._groups:
+            if group.answers_wait:
+                emissions, endings = group.settle()
+                self._book.outbox.add_tokens(emissions)
+                self._book.endings(endings)
+                self._book.rows_freed(group.release())
+                group.update_wave()
+
+    def _release(self) -> None:
+        """Frees what can be freed after sequences were ended from outside."""
+        for group in self._groups:
+            self._book.rows_freed(group.release())
+            group.update_wave()

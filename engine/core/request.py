@@ -1,0 +1,84 @@
+"""A request and its sequences: what the core remembers beside the batch table."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from drumline.protocol.messages import I32, LogprobEntry, SamplingSpec, StreamEnd
+
+
+class Place(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    """In the queue of its replica, or about to be: a preempted sequence whose last token is still in flight."""
+    RUNNING = "running"
+    """In a row, until its last token is known."""
+    ENDED = "ended"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One of the ``n`` continuations of a request; while it runs it is a row of the batch table.
+
+    ``tokens``: int32 (length,), prompt and generated tokens as they were when the sequence last entered or left a row;
+    what it generates in the row stands in the table's history. ``late`` holds tokens that arrived after it had left.
+    ``row`` is -1 without one; a row is held until no step in flight computes it. ``computed`` counts planned KV entries
+    and is kept up only while the row is in prefill.
+    """
+
+    request: Request
+    index: int
+    stream: int
+    arrival: int
+    replica: int
+    tokens: I32
+    max_length: int
+    place: Place = Place.WAITING
+    row: int = -1
+    computed: int = 0
+    num_cached: int = -1
+    late: list[int] = field(default_factory=list)
+    logprobs: list[LogprobEntry] = field(default_factory=list)
+    end: StreamEnd | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts the most deserving first: lowest priority number, then earliest arrival."""
+        return (self.request.priority, self.arrival)
+
+    def fold_late_tokens(self) -> None:
+        if self.late:
+            self.tokens = np.concatenate([self.tokens, np.asarray(self.late, dtype=np.int32)])
+            self.late.clear()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What a client submitted, and who is to be told about it.
+
+    ``prefix``: uint64 (full blocks of the prompt, 4), hash states of its prefixes, shared by all sequences.
+    ``cancels`` holds the calls (connection, call id) to confirm once every row is free. ``sampling`` has its seed drawn
+    and EOS among its stop ids.
+    """
+
+    request_id: str
+    connection: int
+    sampling: SamplingSpec
+    prompt: I32
+    group: int
+    priority: int
+    sequences: list[Sequence] = field(default_factory=list)
+    prefix: np.ndarray[tuple[int, ...], np.dtype[np.uint64]] | None = None
+    unended: int = 0
+    rows_held: int = 0
+    aborted: bool = False
+    cancels: list[tuple[int, int]] = field(default_factory=list)
+
+    def spec(self, index: int) -> SamplingSpec:
+        """The sampling parameters of one sequence as a worker needs them."""
+        return msgspec.structs.replace(self.sampling, index=index)

@@ -122,8 +122,7 @@ async def _run_prompts(config: EngineConfig, requests: list[Prompt], as_json: bo
         with progress:
             await engine.start()
         tally.generating()
-        labels = [_label(request, index) for request in requests for index in range(request.params.n)]
-        transcript = None if as_json else Transcript(labels, sys.stdout)
+        transcript = None if as_json else _transcript(requests)
         try:
             results = await asyncio.gather(
                 *(_run_one(engine, request, at, transcript) for at, request in enumerate(requests))
@@ -164,6 +163,17 @@ async def _run_one(
             for index in range(request.params.n):
                 transcript.end(at * request.params.n + index)
         return error
+
+
+def _transcript(requests: list[Prompt]) -> Transcript:
+    """A terminal shows each prompt in bold with its continuation after it; elsewhere the text stands alone."""
+    terminal = sys.stdout.isatty()
+    labels, leads = [], []
+    for request in requests:
+        for index in range(request.params.n):
+            labels.append(_label(request, index))
+            leads.append(click.style(request.prompt, bold=True) if terminal and isinstance(request.prompt, str) else "")
+    return Transcript(labels, leads, sys.stdout)
 
 
 def _label(request: Prompt, index: int) -> str:
@@ -252,11 +262,15 @@ def _tell_batch(console: Console, batch: Batch, total: int) -> None:
 
 
 async def _print_json(engine: AsyncEngine, records: list[dict[str, Any]], timings: dict[str, float]) -> None:
-    document = {
-        "model": engine.model_info.served_model_name,
-        "outputs": records,
-        "timings": timings,
-        "counters": (await engine.status()).counters,
-    }
-    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
+    """One document, with a line for each output, so that it can be read by a person and by grep too."""
+    model = _json(engine.model_info.served_model_name)
+    counters = _json((await engine.status()).counters)
+    outputs = ",\n    ".join(_json(record) for record in records)
+    document = f'{{\n  "model": {model},\n  "outputs": [\n    {outputs}\n  ],\n'
+    document += f'  "timings": {_json(timings)},\n  "counters": {counters}\n}}\n'
+    sys.stdout.buffer.write(document.encode())
     sys.stdout.buffer.flush()
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()

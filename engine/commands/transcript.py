@@ -8,12 +8,13 @@ from typing import TextIO
 
 class Transcript:
     """Blocks of text in a fixed order. The first that has not ended is written as its text arrives; what arrives for a
-    later one is kept until then, so nothing is ever interleaved. With several blocks each has its label above it."""
+    later one is kept until then, so nothing is ever interleaved. With several blocks each has its label above it;
+    ``leads`` are texts that the blocks begin with."""
 
-    def __init__(self, labels: Sequence[str], out: TextIO) -> None:
+    def __init__(self, labels: Sequence[str], leads: Sequence[str], out: TextIO) -> None:
         self._labels = list(labels)
         self._out = out
-        self._kept = [""] * len(self._labels)
+        self._kept = list(leads)
         self._ended = [False] * len(self._labels)
         self._current = -1
         self._ends_with_newline = True

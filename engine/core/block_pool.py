@@ -96,7 +96,7 @@ class BlockPool:
         self.refs = np.zeros(total, dtype=np.int32)
         self.keyed = np.zeros(total, dtype=np.bool_)
         self.keys = np.zeros((total, 4), dtype=np.uint32)
-        self.lost: list[tuple[int, I64, npt.NDArray[np.uint32]]] = []
+        self.lost: list[tuple[I64, npt.NDArray[np.uint32]]] = []
         self._stack = np.zeros(total, dtype=np.int64)
         self._base = np.asarray(self.first[:-1], dtype=np.int64)
         self._top = np.asarray(num_blocks, dtype=np.int64)
@@ -174,7 +174,7 @@ class BlockPool:
         blocks = self._cached[replica].pop(missing)
         self._num_cached[replica] -= missing
         self.keyed[blocks] = False
-        self.lost.append((replica, blocks, self.keys[blocks]))
+        self.lost.append((blocks, self.keys[blocks]))
         self._push(replica, blocks[::-1])
 
     def _push(self, replica: int, blocks: I64) -> None:

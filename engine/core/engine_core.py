@@ -38,13 +38,17 @@ class EngineCore:
         ]
         random = np.random.default_rng([seed & (2**64 - 1), term])
         self._book = RequestBook(config, self._groups, hasher, random)
+        # Groups that may have something to plan: what changed since they last had nothing.
+        self._ready: set[int] = set()
 
     # -------------------------------------------------------------------------------------------------------- requests
 
     def submit(self, connection: int, msg: Submit, now: float) -> Accepted | Rejected:
         """Takes a request in, or says why not. Its sequences wait for rows of the replica that the router chose."""
         self._settle()
-        return self._book.submit(connection, msg)
+        answer = self._book.submit(connection, msg)
+        self._ready.update(range(len(self._groups)))
+        return answer
 
     def stop(self, connection: int, msg: Stop) -> None:
         """Ends a sequence after ``num_tokens`` generated tokens, if it has not ended yet. Anything that does not name
@@ -91,29 +95,35 @@ class EngineCore:
     def open_epoch(self, group: int, epoch: int) -> None:
         """The group's workers are ready, with empty tables. Steps are numbered from 0 again."""
         self._settle()
-        self._groups[group].open_epoch(epoch)
-        self._release()
+        self._book.rows_freed(self._groups[group].open_epoch(epoch))
+        self._ready.add(group)
 
     def plan(self, now: float) -> list[tuple[int, Step]]:
         """One step of one group, for all its replicas, as (replica, step); nothing when none may or need be planned."""
-        self._settle()
-        for index, group in enumerate(self._groups):
-            steps = group.plan()
-            if steps:
-                first = index * self._per_group
-                return [(first + i, step) for i, step in enumerate(steps)]
+        while self._ready:
+            index = next(iter(self._ready))
+            group = self._groups[index]
+            if group.may_plan:
+                self._settle_group(group)
+                steps = group.plan()
+                if steps:
+                    first = index * self._per_group
+                    return [(first + i, step) for i, step in enumerate(steps)]
+            self._ready.discard(index)
         return []
 
     def apply(self, replica: int, done: StepDone, now: float) -> None:
         """A replica's answer to its oldest unacknowledged step. Raises :class:`ProtocolError` when it is not that, or
         has the wrong number of tokens, or tokens outside the vocabulary; nothing has changed then."""
-        self._groups[replica // self._per_group].apply(replica % self._per_group, done)
+        index = replica // self._per_group
+        self._groups[index].apply(replica % self._per_group, done)
+        self._ready.add(index)
 
     def maintain(self, now: float) -> None:
         """Work that no step waits for: enters filled blocks into the prefix cache."""
         self._settle()
         for group in self._groups:
-            group.residence.cache_all()
+            group.cache_filled()
 
     def outputs(self) -> list[ConnectionOutput]:
         """What is new for each connection since the last call."""
@@ -184,14 +194,18 @@ class EngineCore:
         """Books the answers that :meth:`apply` has kept since the last call. Every reader comes through here first."""
         for group in self._groups:
             if group.answers_wait:
-                emissions, endings = group.settle()
-                self._book.outbox.add_tokens(emissions)
-                self._book.endings(endings)
-                self._book.rows_freed(group.release())
-                group.update_wave()
+                self._settle_group(group)
+
+    def _settle_group(self, group: LockstepGroup) -> None:
+        emissions, endings = group.settle()
+        self._book.outbox.add_tokens(emissions)
+        self._book.endings(endings)
+        self._book.rows_freed(group.release())
+        group.update_wave()
 
     def _release(self) -> None:
         """Frees what can be freed after sequences were ended from outside."""
-        for group in self._groups:
+        for index, group in enumerate(self._groups):
             self._book.rows_freed(group.release())
             group.update_wave()
+            self._ready.add(index)

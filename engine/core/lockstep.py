@@ -47,12 +47,16 @@ class LockstepGroup:
         self.in_flight: deque[InFlight] = deque()
         self._acknowledged = [-1] * self.replicas
         self.answers_wait = False
+        self._cache_due = False
 
     # ----------------------------------------------------------------------------------------------------------- epoch
 
-    def open_epoch(self, epoch: int) -> None:
+    def open_epoch(self, epoch: int) -> list[Sequence]:
         """Starts numbering steps anew. What is in flight is void; every unfinished sequence is recomputed from its
-        last acknowledged token, by workers that hold nothing. Raises ``ValueError`` unless ``epoch`` is newer."""
+        last acknowledged token, by workers that hold nothing.
+
+        Returns the sequences that held rows. Raises ``ValueError`` unless ``epoch`` is newer.
+        """
         if epoch <= self.epoch:
             raise ValueError(f"epoch {epoch} after epoch {self.epoch}")
         self.epoch = epoch
@@ -60,20 +64,28 @@ class LockstepGroup:
         self.in_flight.clear()
         self._acknowledged = [-1] * self.replicas
         self.answers_wait = False
-        self.scheduler.requeue(self.residence.reset())
+        freed = self.residence.reset()
+        self.scheduler.requeue(freed)
         if self.cache is not None:
             for replica in range(self.replicas):
                 self.cache.forget(replica)
         self.update_wave()
+        return freed
 
     # ------------------------------------------------------------------------------------------------------------ step
+
+    @property
+    def may_plan(self) -> bool:
+        """Whether an epoch is open and fewer steps than allowed lack an answer."""
+        unanswered = sum(1 for record in self.in_flight if record.missing)
+        return self.epoch >= 0 and unanswered < self.config.steps_in_flight
 
     def plan(self) -> list[Step]:
         """The next step for every replica of the group, or nothing: too many in flight, or nobody has work.
 
         A replica without work gets a dummy step while any other has some.
         """
-        if self.epoch < 0 or self.unfinished == 0 or len(self.in_flight) >= self.config.steps_in_flight:
+        if self.unfinished == 0 or not self.may_plan:
             return []
         plan = self.scheduler.plan()
         if plan is None:
@@ -185,6 +197,7 @@ class LockstepGroup:
         if not self.answers_wait:
             return [], []
         self.answers_wait = False
+        self._cache_due = True
         emissions: list[Emission] = []
         endings: list[Ending] = []
         for record in self.in_flight:
@@ -215,6 +228,12 @@ class LockstepGroup:
     def release(self) -> list[Sequence]:
         """Frees the rows that no step in flight computes any more; returns the sequences that held them."""
         return self.residence.release(self._acknowledged)
+
+    def cache_filled(self) -> None:
+        """Enters blocks that acknowledged steps have filled into the prefix cache."""
+        if self._cache_due:
+            self._cache_due = False
+            self.residence.cache_all()
 
     def update_wave(self) -> None:
         self.wave.settle(self.unfinished, len(self.in_flight))

@@ -129,10 +129,7 @@ class Residence:
         states = np.repeat(table.prefix_state[rows] - before, missing, axis=0) + sums
         table.prefix_state[rows] = states[starts + missing - 1]
         table.hashed[rows] = full
-        bounds = table.bounds(each)
-        for replica in np.flatnonzero(np.diff(bounds)).tolist():
-            own = slice(int(bounds[replica]), int(bounds[replica + 1]))
-            cache.insert(replica, blocks[own], states[own])
+        cache.insert(each // table.rows_per_replica, blocks, states)
 
     def cache_all(self) -> None:
         """:meth:`cache_filled` for every row that needs it."""

@@ -1,0 +1,1 @@
+"""The real core against simulated workers, a virtual clock and seeded disorder."""

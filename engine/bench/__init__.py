@@ -1,0 +1,1 @@
+"""Measurements of drumline by drumline, on the real parts."""

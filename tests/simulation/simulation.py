@@ -1,0 +1,321 @@
+"""The event loop: submissions, steps, answers and mishaps on a virtual clock, in an order that the seed decides."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from drumline.engine.core.engine_core import EngineCore
+from drumline.engine.core.wave import WaveState
+from drumline.protocol.codec import Codec
+from drumline.protocol.errors import ProtocolError
+from drumline.protocol.messages import (
+    Cancel,
+    FromWorker,
+    Rejected,
+    Resume,
+    Resumed,
+    Step,
+    StepDone,
+    Stop,
+    ToWorker,
+)
+from tests.simulation.clients import Client, Clients, Stream
+from tests.simulation.invariants import check_at_rest, check_blocks, check_rows, groups_of
+from tests.simulation.scenario import CONNECTIONS, Plan, Scenario
+from tests.simulation.worker import RuleBrokenError, SimWorker
+
+MAX_EVENTS = 20_000
+
+_TO_WORKER: Codec[Any] = Codec(ToWorker)
+_FROM_WORKER: Codec[Any] = Codec(FromWorker)
+
+
+class Simulation:
+    """One scenario from its first submission to rest. :meth:`run` raises :class:`RuleBrokenError` at the first broken rule.
+
+    ``seen`` counts what happened, so that a test can tell whether its scenarios meet what they are for.
+    """
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.config = scenario.config
+        self.now = 0.0
+        self.seen: Counter[str] = Counter()
+        self._random = random.Random(scenario.seed ^ 0x5EED)
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = 0
+        self.core = EngineCore(self.config, scenario.num_blocks, term=1, seed=scenario.seed)
+        self.clients = Clients(self.config)
+        self._groups = groups_of(self.core)
+        self._per_group = self._groups[0].replicas
+        self._workers: list[SimWorker] = []
+        self._inbox: list[deque[Step]] = [deque() for _ in scenario.num_blocks]
+        self._answered: list[float] = [0.0] * len(scenario.num_blocks)
+        self._running: set[int] = set()
+        self._last_done: dict[int, StepDone] = {}
+        self._epoch = 0
+        self._confirmed: Counter[tuple[int, int]] = Counter()
+        self._calls = 1000
+
+    def run(self) -> None:
+        self._open_epoch()
+        for plan in self.scenario.plans:
+            self._at(plan.at, partial(self._submit, plan))
+        for at, connection in self.scenario.drops:
+            self._at(at, partial(self._drop, connection))
+        for at in self.scenario.new_epochs:
+            self._at(at, self._open_epoch)
+        handled = 0
+        while self._events:
+            self.now, _, handle = heapq.heappop(self._events)
+            handle()
+            self._after_event()
+            handled += 1
+            if handled > MAX_EVENTS:
+                raise RuleBrokenError(f"no end after {MAX_EVENTS} events: something goes round in circles")
+        self._check_end()
+
+    # ---------------------------------------------------------------------------------------------------------- clock
+
+    def _at(self, time: float, handle: Callable[[], None]) -> None:
+        self._order += 1
+        heapq.heappush(self._events, (time, self._order, handle))
+
+    def _soon(self, mean: float, handle: Callable[[], None]) -> None:
+        self._at(self.now + self._random.expovariate(1.0) * mean, handle)
+
+    # ---------------------------------------------------------------------------------------------------------- clients
+
+    def _submit(self, plan: Plan) -> None:
+        answer = self.core.submit(plan.connection, plan.submit, self.now)
+        if isinstance(answer, Rejected):
+            self.seen["rejected_" + (answer.error.field or answer.error.kind)] += 1
+            return
+        replica = self._replica_of(plan.submit.request_id)
+        client = self.clients.accepted(plan, answer, self.scenario.num_blocks[replica])
+        pinned = plan.submit.data_parallel_rank
+        if pinned >= 0 and pinned != replica:
+            raise RuleBrokenError(f"{plan.submit.request_id} went to replica {replica}, pinned to {pinned}")
+        if plan.cancel_at >= 0:
+            self._at(max(plan.cancel_at, self.now), partial(self._cancel, client))
+        if plan.resume_at >= 0:
+            self._at(max(plan.resume_at, self.now), partial(self._resume, client))
+        again = self.core.submit(plan.connection, plan.submit, self.now)
+        if not isinstance(again, Rejected) or again.error.kind != "duplicate_request":
+            raise RuleBrokenError(f"{plan.submit.request_id} was accepted twice")
+
+    def _replica_of(self, request_id: str) -> int:
+        request = self.core._book._requests[request_id]
+        return request.group * self._per_group + request.sequences[0].replica
+
+    def _cancel(self, client: Client) -> None:
+        if client.dropped:
+            return
+        self._calls += 1
+        client.cancel_calls.add(self._calls)
+        self.seen["cancel"] += 1
+        self.core.cancel(client.connection, Cancel(self._calls, client.plan.submit.request_id), self.now)
+
+    def _stop(self, client: Client, stream: Stream) -> None:
+        if client.dropped or stream.end is not None:
+            return
+        stream.stopped_at = client.plan.stop_after
+        self.seen["stop_string"] += 1
+        request_id = client.plan.submit.request_id
+        self.core.stop(client.connection, Stop(request_id, 0, stream.stopped_at))
+
+    def _resume(self, client: Client) -> None:
+        if client.dropped or client.forgotten:
+            return
+        connection = (client.connection + self._random.randrange(2)) % CONNECTIONS
+        positions = tuple(stream.position if stream.stopped_at < 0 else 0 for stream in client.streams)
+        answer = self.core.resume(connection, Resume(1, client.plan.submit.request_id, positions))
+        if not isinstance(answer, Resumed):
+            raise RuleBrokenError(f"{client.plan.submit.request_id}: not resumed, {answer.error.text}")
+        self.seen["resume"] += 1
+        self.clients.resumed(client, connection, answer)
+
+    def _drop(self, connection: int) -> None:
+        self.seen["drop"] += 1
+        self.core.drop_connection(connection, self.now)
+        for client in self.clients.requests.values():
+            if client.connection == connection:
+                client.dropped = True
+
+    # ------------------------------------------------------------------------------------------------------------ steps
+
+    def _open_epoch(self) -> None:
+        """All workers are new and know nothing; what the old ones still have to say is stale."""
+        self._epoch += 1
+        if self._epoch > 1:
+            self.seen["new_epoch"] += 1
+        num_blocks = self.scenario.num_blocks
+        self._workers = [
+            SimWorker(self.config, replica, replica % self._per_group, blocks, 1, self._epoch)
+            for replica, blocks in enumerate(num_blocks)
+        ]
+        for inbox in self._inbox:
+            inbox.clear()
+        self._running.clear()
+        for group in range(len(self._groups)):
+            self.core.open_epoch(group, self._epoch)
+
+    def _plan(self) -> None:
+        while planned := self.core.plan(self.now):
+            self._check_plan(planned)
+            for replica, step in planned:
+                message = step
+                if self.scenario.through_codec:
+                    message = _TO_WORKER.decode([bytes(frame) for frame in _TO_WORKER.encode(step)])
+                self._inbox[replica].append(message)
+            self._start(planned[0][0] // self._per_group)
+        if self._random.random() < 0.9:
+            self.core.maintain(self.now)
+
+    def _check_plan(self, planned: list[tuple[int, Step]]) -> None:
+        group = planned[0][0] // self._per_group
+        first = planned[0][1]
+        wanted = list(range(group * self._per_group, (group + 1) * self._per_group))
+        if [replica for replica, _ in planned] != wanted:
+            raise RuleBrokenError(f"step {first.step} goes to {[replica for replica, _ in planned]}, not to {wanted}")
+        for _, step in planned:
+            if (step.step, step.epoch, step.wave) != (first.step, first.epoch, first.wave):
+                raise RuleBrokenError(f"replicas of one group get different steps: {first} and {step}")
+            if step.num_tokens_across_dp.tolist() != first.num_tokens_across_dp.tolist():
+                raise RuleBrokenError("replicas are told different token counts")
+        if not first.num_tokens_across_dp.any():
+            raise RuleBrokenError(f"step {first.step} computes nothing anywhere")
+        if len(self._groups[group].in_flight) > self.config.steps_in_flight:
+            raise RuleBrokenError(f"{len(self._groups[group].in_flight)} steps in flight")
+        state = self._groups[group].wave
+        if state.state is not WaveState.RUNNING or state.number != first.wave:
+            raise RuleBrokenError(f"step of wave {first.wave} while wave {state.number} is {state.state.value}")
+        self.seen["steps"] += 1
+        self.seen["dummy_steps"] += sum(1 for count in first.num_tokens_across_dp.tolist() if count == 0)
+
+    def _start(self, group: int) -> None:
+        """A step begins when every replica of the group has it and none runs another: their collectives meet."""
+        members = range(group * self._per_group, (group + 1) * self._per_group)
+        if group in self._running or not all(self._inbox[replica] for replica in members):
+            return
+        self._running.add(group)
+        epoch = self._epoch
+        self._soon(self.scenario.step_time, partial(self._finish_step, group, epoch))
+
+    def _finish_step(self, group: int, epoch: int) -> None:
+        if epoch != self._epoch:
+            return
+        self._running.discard(group)
+        for replica in range(group * self._per_group, (group + 1) * self._per_group):
+            done = self._workers[replica].execute(self._inbox[replica].popleft())
+            if self.scenario.through_codec:
+                done = _FROM_WORKER.decode([bytes(frame) for frame in _FROM_WORKER.encode(done)])
+            # One connection per rank: its answers arrive in order, those of different ranks in any.
+            delay = self._random.expovariate(1.0) * self.scenario.delay
+            at = self._answered[replica] = max(self._answered[replica], self.now + delay)
+            self._at(at, partial(self._answer, replica, done))
+        self._start(group)
+
+    def _answer(self, replica: int, done: StepDone) -> None:
+        if done.epoch != self._epoch:
+            self._refused(replica, done, "stale")
+            return
+        if self._random.random() < self.scenario.chance_duplicate:
+            self._refused_answers(replica, done)
+        self.core.apply(replica, done, self.now)
+        self._last_done[replica] = done
+
+    def _refused_answers(self, replica: int, done: StepDone) -> None:
+        before = self._last_done.get(replica)
+        if before is not None:
+            self._refused(replica, before, "duplicate")
+        self._refused(replica, msgspec.structs.replace(done, step=done.step + 1), "early")
+        self._refused(replica, msgspec.structs.replace(done, epoch=done.epoch - 1), "stale")
+        if len(done.tokens):
+            short = msgspec.structs.replace(done, tokens=done.tokens[1:], logprob_index=done.tokens[:0], logprobs=())
+            self._refused(replica, short, "short")
+
+    def _refused(self, replica: int, done: StepDone, kind: str) -> None:
+        try:
+            self.core.apply(replica, done, self.now)
+        except ProtocolError:
+            self.seen["refused_" + kind] += 1
+        else:
+            raise RuleBrokenError(f"a {kind} answer to step {done.step} was taken")
+
+    # ------------------------------------------------------------------------------------------------------- invariants
+
+    def _after_event(self) -> None:
+        steps = [group.steps for group in self._groups]
+        self._plan()
+        for index, group in enumerate(self._groups):
+            if group.steps != steps[index] and not group.unfinished:
+                raise RuleBrokenError(f"group {index}: a step without work")
+            check_blocks(group)
+            check_rows(group)
+        for output in self.core.outputs():
+            for client, stream in self.clients.read(output):
+                wanted = client.plan.stop_after
+                if wanted and stream is client.streams[0] and stream.position >= wanted and stream.stopped_at < 0:
+                    stream.stopped_at = 0
+                    self._soon(self.scenario.delay, partial(self._stop, client, stream))
+            self._confirm(output.connection, output.cancelled)
+            for end in output.ends:
+                self.seen["end_" + end.reason] += 1
+                self._forget(end.request_id)
+
+    def _confirm(self, connection: int, cancelled: list[tuple[int, str]]) -> None:
+        for call_id, request_id in cancelled:
+            client = self.clients.requests[request_id]
+            self._confirmed[connection, call_id] += 1
+            if not client.ended:
+                raise RuleBrokenError(f"{request_id}: cancel confirmed before its streams ended")
+            if client.forgotten:  # its id means nothing to the core any more, so there is nothing to wait for
+                continue
+            for group in self._groups:
+                for row, sequence in enumerate(group.table.sequences):
+                    if sequence is not None and sequence.request.request_id == request_id:
+                        raise RuleBrokenError(f"{request_id}: cancel confirmed while row {row} is held")
+
+    def _forget(self, request_id: str) -> None:
+        client = self.clients.requests[request_id]
+        if client.ended and self._random.random() < 0.5:
+            self.core.forget(request_id)
+            client.forgotten = request_id not in self.core._book._requests
+
+    def _check_end(self) -> None:
+        for client in self.clients.requests.values():
+            if not client.ended:
+                raise RuleBrokenError(f"{client.plan.submit.request_id} never ended: {client.streams}")
+            for call_id in client.cancel_calls:
+                count = sum(n for (_, call), n in self._confirmed.items() if call == call_id)
+                if count != 1 and not client.dropped:
+                    raise RuleBrokenError(
+                        f"{client.plan.submit.request_id}: cancel {call_id} was confirmed {count} times"
+                    )
+        check_at_rest(self.core)
+        for worker in self._workers:
+            group = self._groups[worker.replica // self._per_group]
+            if worker.next_step != group.next_step:
+                raise RuleBrokenError(
+                    f"replica {worker.replica} stands at {worker.next_step}, group at {group.next_step}"
+                )
+        self.seen.update({f"core_{name}": count for name, count in self.core.counters().items()})
+
+
+def run_scenario(scenario: Scenario) -> Counter[str]:
+    """Runs to the end. A :class:`RuleBrokenError`, or whatever the core raised, names the seed that replays it."""
+    simulation = Simulation(scenario)
+    try:
+        simulation.run()
+    except Exception as error:
+        replay = f"python -m tests.simulation.soak --seed {scenario.seed}"
+        raise RuleBrokenError(f"seed {scenario.seed} at {simulation.now:.3f}s: {error!r}\nreplay: {replay}") from error
+    return simulation.seen

@@ -13,7 +13,7 @@ from drumline.protocol.messages import Call, CallRanks, CallRanksResult, CallRes
 
 MAX_OPEN = 1024
 MAX_TIMEOUT_S = 3600.0
-METHODS = ("ping", "stats")
+MAX_METHOD_CHARACTERS = 100
 
 
 @dataclass(slots=True)
@@ -49,8 +49,8 @@ class RankCalls:
         self, connection: int, message: CallRanks, epochs: Mapping[int, int], now: float
     ) -> tuple[OpenCall, list[tuple[int, Call]]] | ErrorInfo:
         """Call every rank of ``epochs`` (epoch by rank). Returns the call and what to send, or why it is refused."""
-        if message.method not in METHODS:
-            return _refusal("method", message.method[:200], "one of " + ", ".join(METHODS))
+        if not 0 < len(message.method) <= MAX_METHOD_CHARACTERS:
+            return _refusal("method", message.method[:200], f"a name of 1 to {MAX_METHOD_CHARACTERS} characters")
         if not 0.0 < message.timeout_s <= MAX_TIMEOUT_S:
             return _refusal("timeout_s", repr(message.timeout_s), f"above 0, at most {MAX_TIMEOUT_S:g}")
         if len(self._by_id) >= MAX_OPEN:

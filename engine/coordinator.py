@@ -26,7 +26,7 @@ from drumline.engine.client_connections import ClientConnection
 from drumline.engine.client_port import ClientPort
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.evidence import Loss
-from drumline.engine.core.membership import EpochReady, Loading
+from drumline.engine.core.members import EpochReady, Loading
 from drumline.engine.launch.order import Order, Report, encode_line, read_order, remove_runtime_dir
 from drumline.engine.launch.owned_process import watch_owner
 from drumline.engine.resolve import ResolvedConfig, resolve

@@ -53,7 +53,7 @@ def _ranks(engine: Coordinator, now: float) -> tuple[RankStatus, ...]:
                 incarnation=record.incarnation,
                 host=record.host,
                 state=record.state.value,
-                step=record.step,
+                step=max(record.step, record.replied),
                 step_age_s=engine.workers.clocks[record.group].age(rank, now),
                 restarts=record.restarts,
                 last_fault=record.last_fault,

@@ -14,10 +14,9 @@ import zmq
 
 from drumline.engine.core.evidence import Loss
 from drumline.engine.core.liveness import GroupClock, furthest_behind
-from drumline.engine.core.membership import (
+from drumline.engine.core.members import (
     EpochReady,
     Loading,
-    Membership,
     MembershipConfig,
     Output,
     RankRecord,
@@ -25,6 +24,7 @@ from drumline.engine.core.membership import (
     ToOwner,
     ToPeer,
 )
+from drumline.engine.core.membership import Membership
 from drumline.engine.launch.order import Order
 from drumline.engine.resolve import ResolvedConfig
 from drumline.protocol.codec import Codec
@@ -130,6 +130,7 @@ class WorkerPort:
         if not clock.owes(message.rank, message.step):
             self.membership.refusals.out_of_order += 1
             return
+        self.membership.ranks[message.rank].replied = message.step
         complete = clock.done(message.rank, message.step, now)
         self._events.step_done(message.rank, message, complete)
 

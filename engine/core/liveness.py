@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from drumline.engine.core.membership import RankRecord
+from drumline.engine.core.members import RankRecord
 
 LEAST_DEADLINE_S = 2.0
 MEDIANS = 10.0

@@ -12,17 +12,27 @@ as is everything from a peer that has not said Hello, that speaks for another ra
 
 from __future__ import annotations
 
-import enum
 import hmac
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
 
 import numpy as np
 
-from drumline.engine.core.evidence import Evidence, Loss
+from drumline.engine.core.evidence import Evidence
+from drumline.engine.core.members import (
+    EpochReady,
+    GroupRecord,
+    GroupStage,
+    Loading,
+    MembershipConfig,
+    Output,
+    RankRecord,
+    RankState,
+    Refusals,
+    ToOwner,
+    ToPeer,
+)
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
-    I32,
     PROTOCOL_VERSION,
     BeatWorker,
     CallResult,
@@ -39,131 +49,12 @@ from drumline.protocol.messages import (
     Spawned,
     StepDone,
     StoreReady,
-    ToSupervisor,
     ToWorker,
     WelcomeWorker,
-    WorkerConfig,
 )
 
 SILENCE_S = 10.0
 """A rank that has said Hello and is not heard for so long is lost; it beats every second."""
-
-
-class RankState(enum.StrEnum):
-    STARTING = "starting"
-    READY = "ready"
-    DEAD = "dead"
-
-
-class GroupStage(enum.IntEnum):
-    """How far the epoch of a lockstep group has come."""
-
-    GATHERING = 0
-    OPENING_STORE = 1
-    FORMING = 2
-    OPEN = 3
-
-
-@dataclass(frozen=True, slots=True)
-class ToPeer:
-    """Send ``message`` to ``rank`` at the socket identity ``peer``."""
-
-    rank: int
-    peer: bytes
-    message: ToWorker
-
-
-@dataclass(frozen=True, slots=True)
-class ToOwner:
-    """Send ``message`` to the supervisor at the socket identity ``peer``."""
-
-    peer: bytes
-    message: ToSupervisor
-
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """``rank`` has read ``done`` of ``total`` bytes of weights."""
-
-    rank: int
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
-class EpochReady:
-    """Every rank of ``group`` is ready. ``num_blocks``: KV blocks by position of the rank in the group."""
-
-    group: int
-    epoch: int
-    num_blocks: tuple[int, ...]
-
-
-Output = ToPeer | ToOwner | Loading | EpochReady | Loss
-
-
-@dataclass(slots=True)
-class RankRecord:
-    """What is known of one rank. ``step``, ``collective`` and ``inside`` are its last reported progress."""
-
-    rank: int
-    group: int
-    token: str = ""
-    state: RankState = RankState.STARTING
-    peer: bytes | None = None
-    incarnation: str = ""
-    pid: int = 0
-    host: str = ""
-    heard_at: float = 0.0
-    progress_at: float = 0.0
-    load_done: int = 0
-    load_total: int = 0
-    step: int = 0
-    collective: int = 0
-    inside: bool = False
-    ready: Ready | None = None
-    restarts: int = 0
-    last_fault: str = ""
-
-
-@dataclass(slots=True)
-class GroupRecord:
-    """A lockstep group and the epoch that it forms or has formed. Epochs count from 1."""
-
-    id: int
-    ranks: tuple[int, ...]
-    epoch: int = 0
-    stage: GroupStage = GroupStage.GATHERING
-
-
-@dataclass(slots=True)
-class Refusals:
-    """Messages that were dropped, by reason."""
-
-    wrong_token: int = 0
-    duplicate_hello: int = 0
-    unknown_peer: int = 0
-    foreign_rank: int = 0
-    stale: int = 0
-    out_of_order: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MembershipConfig:
-    """``groups``: the ranks of each lockstep group. ``placements``: expert slots of a group, int32 (moe_layers, slots),
-    for groups that have any. ``start_deadline_s``: longest time without progress during a start."""
-
-    term: int
-    groups: Sequence[Sequence[int]]
-    worker: WorkerConfig
-    digest: str
-    supervisor_token: str
-    placements: Mapping[int, I32] = field(default_factory=dict)
-    store_host: str = "127.0.0.1"
-    start_deadline_s: float = 120.0
 
 
 class Membership:
@@ -271,6 +162,7 @@ class Membership:
             record = self.ranks[rank]
             record.state = RankState.STARTING
             record.ready = None
+            record.replied = -1
             record.step = record.collective = 0
             record.inside = False
             record.progress_at = now
@@ -304,7 +196,8 @@ class Membership:
 
     def accepts(self, peer: bytes, message: StepDone | CallResult) -> bool:
         """Whether ``message`` comes from the rank that it names, in its group's present (term, epoch)."""
-        return self._sender(peer, message) is not None
+        record = self._sender(peer, message)
+        return record is not None and record.state is not RankState.DEAD
 
     def _sender(
         self, peer: bytes, message: StoreReady | Ready | StepDone | Fault | CallResult | BeatWorker
@@ -317,9 +210,9 @@ class Membership:
             self.refusals.foreign_rank += 1
             return None
         if (message.term, message.epoch) != (self._config.term, self.groups[record.group].epoch):
-            # Before its first Configure a rank knows no epoch and says 0.
-            before_epoch = isinstance(message, Fault | BeatWorker) and message.epoch == 0
-            if not (before_epoch and message.term in (0, self._config.term) and record.ready is None):
+            # Before its first Configure a rank knows no epoch, and before its Welcome no term.
+            before_epoch = isinstance(message, Fault | BeatWorker) and message.epoch < 1
+            if not (before_epoch and message.term <= self._config.term and record.ready is None):
                 self.refusals.stale += 1
                 return None
         return record
@@ -329,7 +222,14 @@ class Membership:
         if isinstance(message, HelloWorker):
             return self.worker_hello(peer, message, now)
         record = self._sender(peer, message)
-        if record is None or record.state is RankState.DEAD:
+        if record is None:
+            return []
+        if isinstance(message, Fault):
+            # Also from a rank whose exit was told first: its own words tell more.
+            record.last_fault = message.error.text
+            self._evidence.fault(record.rank, record.incarnation, message, now)
+            return []
+        if record.state is RankState.DEAD:
             return []
         record.heard_at = now
         if isinstance(message, BeatWorker):
@@ -338,9 +238,6 @@ class Membership:
             return self._store_ready(record, message, now)
         if isinstance(message, Ready):
             return self._ready(record, message, now)
-        if isinstance(message, Fault):
-            record.last_fault = message.error.text
-            self._evidence.fault(record.rank, record.incarnation, message, now)
         return []
 
     def _beat(self, record: RankRecord, beat: BeatWorker, now: float) -> list[Output]:
@@ -382,12 +279,18 @@ class Membership:
             return []
         record.ready = message
         record.state = RankState.READY
+        outputs: list[Output] = []
+        loaded = message.weight_bytes
+        if (record.load_done, record.load_total) != (loaded, loaded):
+            # A load between two beats is told too.
+            record.load_done = record.load_total = loaded
+            outputs.append(Loading(record.rank, loaded, loaded))
         ready = [self.ranks[rank].ready for rank in group.ranks]
         blocks = tuple(one.num_blocks for one in ready if one is not None)
-        if len(blocks) < len(group.ranks):
-            return []
-        group.stage = GroupStage.OPEN
-        return [EpochReady(group.id, group.epoch, blocks)]
+        if len(blocks) == len(group.ranks):
+            group.stage = GroupStage.OPEN
+            outputs.append(EpochReady(group.id, group.epoch, blocks))
+        return outputs
 
     # ----------------------------------------------------------------------------------------------- ends
 
@@ -411,9 +314,7 @@ class Membership:
     def _bury(self, record: RankRecord, text: str) -> None:
         record.state = RankState.DEAD
         record.last_fault = record.last_fault or text
-        if record.peer is not None:
-            self._rank_of.pop(record.peer, None)
-            record.peer = None
+        record.peer = None
 
     # ---------------------------------------------------------------------------------------------- deadlines
 

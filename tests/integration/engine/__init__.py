@@ -1,0 +1,1 @@
+"""The shells with real processes."""

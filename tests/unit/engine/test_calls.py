@@ -1,0 +1,91 @@
+"""Control calls to all ranks: answers by rank, deadlines, and replies that come too late."""
+
+from __future__ import annotations
+
+from drumline.engine.calls import MAX_OPEN, OpenCall, RankCalls
+from drumline.protocol.errors import ErrorInfo
+from drumline.protocol.messages import Call, CallRanks, CallRanksResult, CallResult, RankAnswer
+
+TERM = 2
+
+
+def opened(calls: RankCalls, now: float = 0.0, ranks: int = 2, timeout_s: float = 5.0) -> tuple[OpenCall, list[Call]]:
+    result = calls.open(1, CallRanks(40, "ping", b"x", timeout_s), dict.fromkeys(range(ranks), 3), now)
+    assert not isinstance(result, ErrorInfo)
+    call, sends = result
+    assert [rank for rank, _ in sends] == list(range(ranks))
+    return call, [message for _, message in sends]
+
+
+def reply(call: Call, rank: int) -> CallResult:
+    return CallResult(TERM, 3, call.call_id, rank, True, b"pong")
+
+
+def test_a_call_is_complete_when_every_rank_has_answered() -> None:
+    calls = RankCalls(TERM)
+    call, (first, second) = opened(calls)
+    assert (first.term, first.epoch, first.method, first.args) == (TERM, 3, "ping", b"x")
+    assert first.call_id != second.call_id
+    assert calls.answer(reply(second, 1)) is None
+    assert calls.answer(reply(first, 0)) is call
+    answers = (RankAnswer(0, True, b"pong"), RankAnswer(1, True, b"pong"))
+    assert call.result() == CallRanksResult(40, answers)
+    assert calls.next_deadline is None
+
+
+def test_a_rank_that_does_not_answer_gets_an_error_of_its_own() -> None:
+    calls = RankCalls(TERM)
+    call, (first, second) = opened(calls, now=1.0, timeout_s=2.0)
+    calls.answer(reply(first, 0))
+    assert calls.next_deadline == 3.0
+    assert calls.expire(2.9) == []
+    assert calls.expire(3.0) == [call]
+    answers = call.result().answers
+    assert answers[0].ok
+    assert answers[1].error is not None
+    assert "rank 1 did not answer ping within 2 s" in answers[1].error.text
+    assert calls.answer(reply(second, 1)) is None
+    assert calls.late_replies == 1
+
+
+def test_a_reply_under_another_ranks_call_id_is_not_taken() -> None:
+    calls = RankCalls(TERM)
+    call, (first, second) = opened(calls)
+    assert calls.answer(reply(first, 1)) is None
+    assert calls.answer(reply(second, 0)) is None
+    assert call.answers == {}
+    assert calls.late_replies == 2
+
+
+def test_replies_for_a_client_that_left_count_as_late() -> None:
+    calls = RankCalls(TERM)
+    _, (first, _) = opened(calls)
+    calls.drop_connection(1)
+    assert calls.answer(reply(first, 0)) is None
+    assert calls.late_replies == 1
+
+
+def test_a_rank_that_cannot_be_reached_completes_what_waits_for_it() -> None:
+    calls = RankCalls(TERM)
+    call, (first, _) = opened(calls)
+    assert calls.unreachable(1, "rank 1 is gone") == []
+    assert calls.answer(reply(first, 0)) is call
+    assert [answer.ok for answer in call.result().answers] == [True, False]
+
+
+def test_calls_are_bounded_and_checked() -> None:
+    calls = RankCalls(TERM)
+    for bad in (
+        CallRanks(1, "", b"", 5.0),
+        CallRanks(1, "x" * 300, b"", 5.0),
+        CallRanks(1, "ping", b"", 0.0),
+        CallRanks(1, "ping", b"", float("nan")),
+    ):
+        refused = calls.open(1, bad, {0: 1}, 0.0)
+        assert isinstance(refused, ErrorInfo)
+        assert refused.kind == "invalid_request"
+    for _ in range(MAX_OPEN):
+        opened(calls, ranks=1)
+    full = calls.open(1, CallRanks(1, "ping", b"", 5.0), {0: 1}, 0.0)
+    assert isinstance(full, ErrorInfo)
+    assert full.kind == "queue_full"

@@ -1,0 +1,124 @@
+"""Step deadlines, and who is blamed for a step that does not end."""
+
+from __future__ import annotations
+
+import pytest
+
+from drumline.engine.core.liveness import LEASE_S, LEASE_STEPS, GroupClock, furthest_behind
+from drumline.engine.core.members import RankRecord
+
+
+def run_steps(clock: GroupClock, count: int, took_s: float, tokens: int = 1, ranks: tuple[int, ...] = (0, 1)) -> float:
+    """``count`` steps one after another. Returns the time at the end."""
+    now = 0.0
+    for step in range(count):
+        for rank in ranks:
+            clock.sent(rank, step, tokens, now)
+        now += took_s
+        for rank in ranks:
+            clock.done(rank, step, now)
+    return now
+
+
+def test_the_first_steps_of_an_epoch_run_under_a_lease() -> None:
+    clock = GroupClock(None)
+    clock.sent(0, 0, 1, 0.0)
+    assert clock.overdue(LEASE_S) is None
+    overdue = clock.overdue(LEASE_S + 0.1)
+    assert overdue is not None
+    assert (overdue.step, overdue.ranks) == (0, (0,))
+
+
+def test_quick_steps_get_two_seconds() -> None:
+    clock = GroupClock(None)
+    now = run_steps(clock, LEASE_STEPS, 0.01)
+    clock.sent(0, 99, 1, now)
+    assert clock.overdue(now + 1.9) is None
+    assert clock.overdue(now + 2.1) is not None
+
+
+def test_slow_steps_get_ten_times_their_median() -> None:
+    clock = GroupClock(None)
+    now = run_steps(clock, LEASE_STEPS, 1.0)
+    clock.sent(0, 99, 1, now)
+    assert clock.overdue(now + 9.9) is None
+    assert clock.overdue(now + 10.1) is not None
+
+
+def test_a_prefill_gets_time_for_its_tokens() -> None:
+    clock = GroupClock(None)
+    now = run_steps(clock, LEASE_STEPS, 0.05, tokens=4)
+    clock.sent(0, 99, 400, now)
+    assert clock.overdue(now + 49.0) is None
+    assert clock.overdue(now + 51.0) is not None
+
+
+def test_a_deadline_that_was_set_is_kept_after_the_lease() -> None:
+    clock = GroupClock(0.5)
+    now = run_steps(clock, LEASE_STEPS, 1.0)
+    clock.sent(0, 99, 1000, now)
+    assert clock.overdue(now + 0.4) is None
+    assert clock.overdue(now + 0.6) is not None
+
+
+def test_a_step_behind_another_counts_from_when_it_could_begin() -> None:
+    clock = GroupClock(0.5)
+    now = run_steps(clock, LEASE_STEPS, 0.1)
+    clock.sent(0, 98, 1, now)
+    clock.sent(0, 99, 1, now)
+    clock.done(0, 98, now + 0.4)
+    assert clock.overdue(now + 0.8) is None
+    assert clock.age(0, now + 0.8) == pytest.approx(0.4)
+    assert clock.overdue(now + 1.0) is not None
+
+
+def test_a_step_is_complete_with_its_last_reply() -> None:
+    clock = GroupClock(None)
+    for rank in (0, 1):
+        clock.sent(rank, 5, 1, 0.0)
+    assert clock.oldest_step == 5
+    assert not clock.done(0, 5, 0.1)
+    assert clock.age(0, 0.1) == 0.0
+    assert clock.done(1, 5, 0.2)
+    assert clock.oldest_step == -1
+
+
+def test_only_the_oldest_step_of_a_rank_is_owed() -> None:
+    clock = GroupClock(None)
+    for step in (5, 6):
+        clock.sent(0, step, 1, 0.0)
+    assert clock.owes(0, 5)
+    assert not clock.owes(0, 6)
+    assert not clock.owes(1, 5)
+    clock.done(0, 5, 0.1)
+    assert not clock.owes(0, 5)
+    assert clock.owes(0, 6)
+
+
+def test_an_idle_group_is_never_overdue() -> None:
+    clock = GroupClock(0.1)
+    now = run_steps(clock, LEASE_STEPS + 1, 0.01)
+    assert clock.overdue(now + 1e6) is None
+
+
+def test_a_new_epoch_forgets_what_was_in_flight() -> None:
+    clock = GroupClock(0.1)
+    now = run_steps(clock, LEASE_STEPS + 1, 0.01)
+    clock.sent(0, 99, 1, now)
+    clock.forget()
+    assert clock.overdue(now + 10.0) is None
+    clock.sent(0, 0, 1, now)
+    assert clock.overdue(now + 10.0) is None
+
+
+def test_who_is_furthest_behind_is_blamed_and_who_waits_inside_is_not() -> None:
+    records = {rank: RankRecord(rank, 0, step=7, collective=3, inside=True, heard_at=5.0) for rank in range(4)}
+    records[2].inside = False
+    assert furthest_behind(records, records) == 2
+    records[3].collective = 2
+    assert furthest_behind(records, records) == 3
+    records[1].step = 6
+    assert furthest_behind(records, records) == 1
+    assert furthest_behind((0, 2), records) == 2
+    silent = {rank: RankRecord(rank, 0, heard_at=float(9 - rank)) for rank in range(3)}
+    assert furthest_behind(silent, silent) == 2

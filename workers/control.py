@@ -48,6 +48,7 @@ OUTBOX_LIMIT = 64
 WELCOME_DEADLINE_S = 30.0
 SHUTDOWN_GRACE_S = 1.0
 FLUSH_DEADLINE_S = 1.0
+ROOM_DEADLINE_S = 5.0
 RETRY_S = 0.01
 EXIT_OWNER_GONE = 3
 EXIT_TERMINATED = 143  # what a shell makes of SIGTERM
@@ -68,13 +69,14 @@ class Control:
 
     def __init__(self, identity: Identity, endpoint: str, lifeline: int | None, signals: int) -> None:
         self.identity = identity
-        self.inbox: queue.Queue[ToWorker] = queue.Queue(INBOX_LIMIT)
+        # SimpleQueue is one lock in C; its bound is kept by the only thread that puts.
+        self.inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
         self.abort = AbortFlag()
         self.progress = Progress()
         self._endpoint = endpoint
         self._lifeline = lifeline
         self._signals = signals
-        self._outbox: queue.Queue[FromWorker] = queue.Queue(OUTBOX_LIMIT)
+        self._outbox: queue.SimpleQueue[FromWorker] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._watched = [fd for fd in (self._wake, signals, lifeline) if fd is not None]
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
@@ -97,16 +99,22 @@ class Control:
     # ------------------------------------------------------------------------------------------- on the main thread
 
     def send(self, message: FromWorker) -> None:
-        """Have ``message`` sent. Waits at most 5 s for room, which a coordinator that reads never lets run out.
+        """Have ``message`` sent. Waits at most 5 s for room, of which there is plenty while the coordinator reads.
 
         Raises:
             EngineClosed: the queue stayed full.
         """
-        try:
-            self._outbox.put(message, timeout=5.0)
-        except queue.Full:
-            raise EngineClosed(f"{OUTBOX_LIMIT} replies wait and the coordinator reads none") from None
+        if self._outbox.qsize() >= OUTBOX_LIMIT:
+            self._await_room()
+        self._outbox.put(message)
         os.eventfd_write(self._wake, 1)
+
+    def _await_room(self) -> None:
+        deadline = time.monotonic() + ROOM_DEADLINE_S
+        while self._outbox.qsize() >= OUTBOX_LIMIT:
+            if time.monotonic() > deadline:
+                raise EngineClosed(f"{OUTBOX_LIMIT} replies wait and the coordinator reads none")
+            time.sleep(RETRY_S)
 
     def finish(self, code: int) -> None:
         """Send what is queued, then end the process with ``code``. Never returns, and never hangs."""
@@ -234,11 +242,9 @@ class Control:
         self._hand_over(message)
 
     def _hand_over(self, message: ToWorker) -> None:
-        try:
-            self.inbox.put_nowait(message)
-        except queue.Full:
-            if isinstance(message, Shutdown):  # ends by its grace
-                return
+        if self.inbox.qsize() < INBOX_LIMIT or isinstance(message, Shutdown):
+            self.inbox.put(message)
+        else:
             text = f"{type(message).__name__} found while {INBOX_LIMIT} messages wait; the limit is {INBOX_LIMIT}"
             at = message.step if isinstance(message, Step) else -1
             self._fault(ErrorInfo(kind="protocol", text=text, step=at))
@@ -248,7 +254,7 @@ class Control:
         info = msgspec.structs.replace(info, rank=me.rank, incarnation=me.incarnation, epoch=at.epoch)
         self.progress.faults += 1
         log.error("fault: %s", info.text)
-        self._outbox.put(Fault(max(at.term, self._term), at.epoch, me.rank, info), timeout=FLUSH_DEADLINE_S)
+        self._outbox.put(Fault(max(at.term, self._term), at.epoch, me.rank, info))
         self._drain_outbox()
 
     def _answer(self, call: Call) -> None:

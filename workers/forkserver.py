@@ -45,7 +45,7 @@ class Child:
         del self.tail[:-STDERR_TAIL_BYTES]
 
 
-class OwnerGone(Exception):  # noqa: N818 - an event, not an error
+class OwnerGone(Exception):
     """Nobody reads the reports any more."""
 
 

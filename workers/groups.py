@@ -11,16 +11,16 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # exported, but not in __all__
 
 from drumline.protocol.errors import DrumlineError, ErrorInfo
+from drumline.protocol.stateless import StatelessGroup, connect_store, group_prefix
 from drumline.workers.abort import AbortFlag, EpochAborted
 from drumline.workers.progress import Progress
 
@@ -29,6 +29,7 @@ COLLECTIVE_DEADLINE_S = 120.0
 FORM_DEADLINE_S = 60.0
 _SLICE = timedelta(seconds=SLICE_S)
 _NCCL_POLL_S = 20e-6
+_GRACE_S = 2.0
 
 
 class PeerLost(DrumlineError):
@@ -49,16 +50,25 @@ class GroupTimeout(DrumlineError):
 class GroupPlace:
     """Where this rank stands in an epoch's group, and how the group meets.
 
-    ``position`` of ``size`` ranks; ``store_host`` and ``store_port`` lead to the epoch's TCPStore.
+    ``members``: the global ranks of the group in order, ``rank`` one of them. ``store_host`` and ``store_port`` lead to
+    the epoch's TCPStore.
     """
 
     term: int
     epoch: int
-    position: int
-    size: int
+    rank: int
+    members: tuple[int, ...]
     store_host: str
     store_port: int
     device: torch.device
+
+    @property
+    def position(self) -> int:
+        return self.members.index(self.rank)
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
 
 
 class GroupCoordinator:
@@ -167,6 +177,7 @@ class _Forming:
 
     def __init__(self) -> None:
         self.done = threading.Event()
+        self.abandoned = threading.Event()
         self.group: Any = None
         self.error: Exception | None = None
 
@@ -180,24 +191,28 @@ def form_group(
 
     Raises:
         EpochAborted: the epoch ended meanwhile.
-        GroupTimeout: not all ranks came within ``deadline_s``.
-        PeerLost: the store or a rank went away.
+        StoreError: a rank did not come to the store within ``deadline_s``, or the store went away; names the ranks.
+        GroupTimeout: all came, and the connections were not made in time.
+        PeerLost: a rank went away while the connections were made.
     """
     forming = _Forming()
 
     def run() -> None:
         try:
-            forming.group = _connect(name, place, deadline_s)
+            forming.group = _connect(name, place, deadline_s, forming.abandoned)
         except Exception as error:  # carried to the main thread, which raises it
             forming.error = error
         forming.done.set()
 
     threading.Thread(target=run, name=f"form-{name}", daemon=True).start()
-    deadline = time.monotonic() + deadline_s + 1
-    while not forming.done.wait(SLICE_S):
-        abort.check(place.term, place.epoch)
-        if time.monotonic() > deadline:
-            raise GroupTimeout(f"group {name} of epoch {place.epoch} was not formed within {deadline_s:g} s")
+    deadline = time.monotonic() + deadline_s + _GRACE_S
+    try:
+        while not forming.done.wait(SLICE_S):
+            abort.check(place.term, place.epoch)
+            if time.monotonic() > deadline:
+                raise GroupTimeout(f"group {name} of epoch {place.epoch} was not formed within {deadline_s:g} s")
+    finally:
+        forming.abandoned.set()
     if isinstance(forming.error, DrumlineError):
         raise forming.error
     if forming.error is not None:
@@ -205,10 +220,14 @@ def form_group(
     return GroupCoordinator(name, forming.group, place, abort, progress)
 
 
-def _connect(name: str, place: GroupPlace, deadline_s: float) -> Any:
-    store = TCPStore(place.store_host, place.store_port, is_master=False, timeout=timedelta(seconds=deadline_s))
-    prefixed = PrefixStore(f"{place.term}/{place.epoch}/{name}", store)
-    connect: Callable[..., Any] = _connect_nccl if place.device.type == "cuda" else _connect_gloo
+def _connect(name: str, place: GroupPlace, deadline_s: float, abandoned: threading.Event) -> Any:
+    end = time.monotonic() + deadline_s
+    store = connect_store(place.store_host, place.store_port, deadline_s, abandoned)
+    # Connecting tells nobody who is missing; a barrier before it does.
+    meeting = StatelessGroup(store, place.term, place.epoch, name, place.rank, place.members, abandoned)
+    meeting.barrier(max(0.0, end - time.monotonic()))
+    prefixed = PrefixStore(group_prefix(place.term, place.epoch, name), store)
+    connect = _connect_nccl if place.device.type == "cuda" else _connect_gloo
     return connect(prefixed, place)
 
 

@@ -42,9 +42,8 @@ class Rank:
     progress: Progress
 
     def form(self, epoch: int = 1, deadline_s: float = 10.0, world: int | None = None) -> GroupCoordinator:
-        place = GroupPlace(
-            1, epoch, self.rank, self.world if world is None else world, "127.0.0.1", self.port, torch.device("cpu")
-        )
+        members = tuple(range(self.world if world is None else world))
+        place = GroupPlace(1, epoch, self.rank, members, "127.0.0.1", self.port, torch.device("cpu"))
         return form_group("experts", place, self.abort, self.progress, deadline_s)
 
 

@@ -66,7 +66,7 @@ def exchange_many_shapes(rank: Rank) -> str:
 
 
 def moe_layer_equals_local(rank: Rank) -> float:
-    """Largest difference between a layer split over the ranks and the same layer on one."""
+    """Largest relative difference between a layer split over the ranks and the same layer on one."""
     from drumline.workers.layers.moe import MoeLayer, RoutingView
 
     world, counts = rank.world, [4, 0, 7, 1][: rank.world]
@@ -85,8 +85,8 @@ def moe_layer_equals_local(rank: Rank) -> float:
     split, whole = layer(mine[0], mine[-1] + 1), layer(0, SLOTS)
     split.exchange = GlooExchange(rank.form())
     hidden, _ = _tokens(rank.rank, counts[rank.rank])
-    difference = split(hidden, counts) - whole(hidden, [len(hidden)])
-    return float(difference.abs().max()) if len(hidden) else 0.0
+    found, expected = split(hidden, counts), whole(hidden, [len(hidden)])
+    return float((found - expected).norm() / expected.norm()) if len(hidden) else 0.0
 
 
 def wrong_counts(rank: Rank) -> list[str]:

@@ -1,0 +1,254 @@
+"""A rank's main thread: receive, step, reply."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from drumline.protocol.codec import config_digest
+from drumline.protocol.errors import ErrorInfo, InvalidRequest, ProtocolError
+from drumline.protocol.layout import Layout
+from drumline.protocol.messages import (
+    Call,
+    CallResult,
+    Configure,
+    Fault,
+    OpenStore,
+    Ready,
+    Shutdown,
+    Step,
+    StepDone,
+    StoreReady,
+    ToWorker,
+    WelcomeWorker,
+    WorkerConfig,
+)
+from drumline.protocol.modelspec import ModelSpec
+from drumline.protocol.stateless import StoreError, open_store
+from drumline.workers.abort import EpochAborted
+from drumline.workers.control import Control
+from drumline.workers.experts.exchange import GlooExchange
+from drumline.workers.faults import describe
+from drumline.workers.fence import Fence
+from drumline.workers.groups import GroupCoordinator, GroupPlace, GroupTimeout, PeerLost, form_group
+from drumline.workers.layers.moe import LocalExchange
+from drumline.workers.model_runner import ModelRunner
+
+log = logging.getLogger(__name__)
+
+STORE_DEADLINE_S = 30.0
+EXIT_LOAD_FAILED = 1
+
+# An epoch that could not be formed is no fault of this process: it stays, with its weights, for the next one.
+_EPOCH_ERRORS = (StoreError, PeerLost, GroupTimeout, ProtocolError)
+
+
+class Worker:
+    """One rank. :meth:`run` obeys the coordinator until it says Shutdown."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._me = control.identity
+        self._progress = control.progress
+        self._fence = Fence()
+        self._config: WorkerConfig | None = None
+        self._runner: ModelRunner | None = None
+        self._placement: np.ndarray[Any, np.dtype[np.int32]] | None = None
+        self._sizes = (0, 0, 0)
+        self._load_s = 0.0
+        self._store: object = None
+        self._group: GroupCoordinator | None = None
+        self._replica = 0
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            WelcomeWorker: self._welcome,
+            OpenStore: self._open_store,
+            Configure: self._configure,
+            Step: self._step,
+            Call: self._call,
+        }
+
+    def run(self) -> int:
+        """Returns the exit code: 0 after Shutdown, 1 when the model could not be loaded."""
+        while True:
+            message = self._control.inbox.get()
+            if isinstance(message, Shutdown):
+                self._leave_epoch()
+                return 0
+            try:
+                self._handlers[type(message)](message)
+            except EpochAborted as error:
+                log.info("left: %s", error.text)
+                self._leave_epoch()
+            except Exception as error:  # every fault of a rank is told, whatever it is
+                fatal = self._runner is None and not isinstance(error, _EPOCH_ERRORS)
+                self._tell_fault(error, message)
+                if fatal and isinstance(message, Configure | WelcomeWorker):
+                    return EXIT_LOAD_FAILED
+                del message  # its traceback may hold what only the burying thread may drop
+
+    # -------------------------------------------------------------------------------------------------------- epochs
+
+    def _welcome(self, message: WelcomeWorker) -> None:
+        self._config = config = message.config
+        local = max(1, config.local_ranks)
+        threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // local)
+        torch.set_num_threads(threads)
+        log.info("rank %d, pid %d, %d torch threads", self._me.rank, os.getpid(), threads)
+
+    def _open_store(self, message: OpenStore) -> None:
+        if self._fence.is_stale(message.term, message.epoch):
+            return
+        store, host, port = open_store(message.host, 0, STORE_DEADLINE_S)
+        self._store = store
+        self._control.send(StoreReady(message.term, message.epoch, self._me.rank, host, port))
+
+    def _configure(self, message: Configure) -> None:
+        if not self._fence.enter(message.term, message.epoch):
+            return
+        self._leave_epoch()
+        self._fence.broken = True  # until it is formed
+        self._progress.enter_epoch(message.term, message.epoch)
+        config = self._known_config()
+        self._replica = self._place_among(message)
+        placement = np.array(message.placement, dtype=np.int32)
+        if self._runner is None:
+            self._load(config, placement)
+        elif self._placement is None or not np.array_equal(placement, self._placement):
+            raise ProtocolError(f"epoch {message.epoch} has another placement than the one that is loaded")
+        runner = self._loaded()
+        runner.reset()
+        if len(message.members) > 1:
+            self._form(message, runner)
+        else:
+            runner.set_exchange(LocalExchange())
+        gc.collect()
+        gc.freeze()  # what lives now lives long; collections from here on look at the rest
+        self._fence.broken = False
+        num_blocks, block_bytes, weight_bytes = self._sizes
+        digest = config_digest(config)
+        self._control.send(
+            Ready(
+                message.term,
+                message.epoch,
+                self._me.rank,
+                digest,
+                num_blocks,
+                block_bytes,
+                weight_bytes,
+                self._load_s,
+            )
+        )
+
+    def _place_among(self, message: Configure) -> int:
+        """This rank's place among the epoch's members, which is its replica's place in a step's token counts."""
+        for place, member in enumerate(message.members):
+            if member.rank == self._me.rank and member.incarnation == self._me.incarnation:
+                return place
+        members = ", ".join(f"{member.rank}/{member.incarnation}" for member in message.members)
+        raise ProtocolError(f"{self._me.rank}/{self._me.incarnation} is no member of the epoch; members: {members}")
+
+    def _load(self, config: WorkerConfig, placement: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        start = time.monotonic()
+        layout = Layout(
+            config.data_parallel_size,
+            config.pipeline_parallel_size,
+            config.tensor_parallel_size,
+            config.enable_expert_parallel,
+        )
+        spec = ModelSpec.from_folder(config.model)
+        device = choose_device(self._me.rank)
+        runner = ModelRunner(config, spec, device, layout.ep_rank(self._me.rank), layout.ep_size)
+
+        def progress(done: int, total: int) -> None:
+            self._progress.loaded(done, total)
+            self._control.abort.check(self._fence.term, self._fence.epoch)
+
+        weight_bytes = runner.load(placement, progress)
+        num_blocks, block_bytes = runner.init_kv_cache()
+        self._sizes = (num_blocks, block_bytes, weight_bytes)
+        self._load_s = time.monotonic() - start
+        self._placement = placement
+        self._runner = runner
+        log.info("loaded %d bytes of weights in %.2f s, %d KV blocks", weight_bytes, self._load_s, num_blocks)
+
+    def _form(self, message: Configure, runner: ModelRunner) -> None:
+        place = GroupPlace(
+            message.term,
+            message.epoch,
+            self._me.rank,
+            tuple(member.rank for member in message.members),
+            message.store_host,
+            message.store_port,
+            runner.device,
+        )
+        self._group = form_group("experts", place, self._control.abort, self._progress)
+        runner.set_exchange(GlooExchange(self._group))
+
+    def _leave_epoch(self) -> None:
+        """Give up the groups and refuse what is left of the epoch. Never blocks."""
+        self._fence.break_epoch()
+        if self._runner is not None:
+            self._runner.set_exchange(LocalExchange())  # buffers given to a collective are never used again
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    # --------------------------------------------------------------------------------------------------------- steps
+
+    def _step(self, step: Step) -> None:
+        admitted = self._fence.admit(step)
+        self._progress.stale = self._fence.stale
+        if not admitted:
+            return
+        counts = step.num_tokens_across_dp
+        mine = int(counts[self._replica]) if self._replica < len(counts) else 0
+        self._progress.begin_step(step.step, mine == 0)
+        out = self._loaded().execute(step, self._replica)
+        self._control.send(
+            StepDone(step.term, step.epoch, self._me.rank, step.step, out.tokens, out.logprob_index, out.logprobs)
+        )
+
+    def _call(self, call: Call) -> None:
+        if self._fence.is_stale(call.term, call.epoch):
+            return
+        error: ErrorInfo | None = None
+        value = b""
+        if call.method == "expert_load":
+            value = msgspec.msgpack.encode(self._loaded().expert_load.tolist())
+        else:
+            error = InvalidRequest("method", call.method, "ping, stats, expert_load").info
+        self._control.send(CallResult(call.term, call.epoch, call.call_id, self._me.rank, error is None, value, error))
+
+    # -------------------------------------------------------------------------------------------------------- faults
+
+    def _tell_fault(self, error: Exception, message: ToWorker) -> None:
+        info = describe(error, self._me, self._progress.position)
+        log.error("fault in %s\n%s", type(message).__name__, info.traceback)
+        self._progress.faults += 1
+        self._leave_epoch()
+        self._control.send(Fault(self._fence.term, self._fence.epoch, self._me.rank, info))
+
+    def _known_config(self) -> WorkerConfig:
+        if self._config is None:
+            raise ProtocolError("Configure found before Welcome")
+        return self._config
+
+    def _loaded(self) -> ModelRunner:
+        if self._runner is None:
+            raise ProtocolError("the model is not loaded")
+        return self._runner
+
+
+def choose_device(rank: int) -> torch.device:
+    """CUDA where it is there, one device per local rank in turn; else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", rank % torch.cuda.device_count())
+    return torch.device("cpu")

@@ -62,6 +62,7 @@ class BatchTable:
         self._many_stops: dict[int, npt.NDArray[np.int64]] = {}
         self._stop_pairs: npt.NDArray[np.int64] | None = None
         self._decoding: tuple[I64, I64] | None = None
+        self._edges = np.arange(replicas + 1) * rows_per_replica
 
     # ------------------------------------------------------------------------------------------------- whole steps
 
@@ -75,9 +76,7 @@ class BatchTable:
 
     def bounds(self, rows: I64) -> I64:
         """int64 (replicas + 1,): where each replica's rows begin in ascending ``rows``."""
-        edges = np.arange(self.replicas + 1) * self.rows_per_replica
-        found: I64 = np.searchsorted(rows, edges)
-        return found
+        return rows.searchsorted(self._edges)
 
     def set_status(self, row: int, status: int) -> None:
         self.status[row] = status

@@ -96,30 +96,28 @@ def settle(record: InFlight, table: BatchTable) -> tuple[Emission | None, list[E
     if len(rows) == 0:
         return None, []
     status = table.status[rows]
-    special = status > DRAIN
-    if special.any():
+    special = status.max() > DRAIN
+    if special:
         counted = status != LEFT
         logprobs = _renumber(logprobs, counted)
         rows, tokens, status = rows[counted], tokens[counted], status[counted]
         if len(rows) == 0:
             return None, []
     positions = table.commit(rows, tokens)
-    for i in np.flatnonzero(status == DETACHED).tolist():
-        _sequence(table, int(rows[i])).late.append(int(tokens[i]))
+    if special:
+        for i in np.flatnonzero(status == DETACHED).tolist():
+            _sequence(table, int(rows[i])).late.append(int(tokens[i]))
     for i, entry in logprobs.items():
         _sequence(table, int(rows[i])).logprobs.append(entry)
     outputs = positions - table.prompt_len[rows]
     emission = Emission(table.connection[rows], table.stream[rows], outputs, tokens, logprobs)
     stopped = table.stopping(rows, tokens)
-    if stopped.any():
-        stopped &= outputs >= table.min_tokens[rows]
-    ended = stopped | (positions + 1 >= table.max_length[rows])
-    endings = [
-        Ending(_sequence(table, int(rows[i])), "stop", int(tokens[i]))
-        if stopped[i]
-        else Ending(_sequence(table, int(rows[i])), "length", -1)
-        for i in np.flatnonzero(ended).tolist()
-    ]
+    stopped &= outputs >= table.min_tokens[rows]
+    ended = stopped | (positions >= table.max_length[rows] - 1)
+    endings: list[Ending] = []
+    for i in ended.nonzero()[0].tolist():
+        reason, stop_token = ("stop", int(tokens[i])) if stopped[i] else ("length", -1)
+        endings.append(Ending(_sequence(table, int(rows[i])), reason, stop_token))
     return emission, endings
 
 

@@ -89,9 +89,10 @@ class Scheduler:
         """
         preempted, grown, grown_bounds = self._make_room()
         decoding, bounds = self._table.decoding()
-        replicas = (grown // self._table.rows_per_replica).astype(np.int64)
-        blocks = self._pool.allocate_each(replicas, np.diff(grown_bounds)) if len(grown) else _NO_BLOCKS
-        tokens = np.diff(bounds).astype(np.int32)
+        blocks = _NO_BLOCKS
+        if len(grown):
+            blocks = self._pool.allocate_each(grown // self._table.rows_per_replica, _counts(grown_bounds))
+        tokens = _counts(bounds).astype(np.int32)
         plan = Plan(tokens, decoding, bounds, grown, grown_bounds, blocks)
         for replica in sorted(self._busy):
             self._fill_budget(plan, replica, admit=replica not in preempted)
@@ -253,8 +254,10 @@ class Scheduler:
         """
         preempted: set[int] = set()
         grown, bounds = self._growing()
-        short = np.flatnonzero(np.diff(bounds) > self._pool.available_everywhere()).tolist()
-        for replica in {*short, *(r for r in self._busy if self._prefilling[r])}:
+        suspects = {replica for replica in self._busy if self._prefilling[replica]}
+        if len(grown):
+            suspects.update(np.flatnonzero(_counts(bounds) > self._pool.available_everywhere()).tolist())
+        for replica in suspects:
             if self._make_room_on(replica):
                 preempted.add(replica)
         if preempted:
@@ -324,6 +327,11 @@ class Scheduler:
             if sequence.place is Place.RUNNING:
                 sequence.place = Place.WAITING
                 self.add(sequence)
+
+
+def _counts(bounds: I64) -> I64:
+    """How many there are between each bound and the next. (``np.diff`` takes three times as long.)"""
+    return bounds[1:] - bounds[:-1]
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

@@ -36,7 +36,7 @@ class LazyGroup(click.Group):
 
 
 bench = LazyGroup(
-    {"scheduler": ("drumline.engine.bench.command:scheduler", "coordinator work per decode step, in microseconds")},
+    {"scheduler": ("drumline.engine.commands.bench:scheduler", "coordinator work per decode step, in microseconds")},
     name="bench",
     help="Measure drumline.",
     short_help="measure drumline",

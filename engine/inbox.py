@@ -111,9 +111,10 @@ class Inbox:
 
     def behind(self, now: float) -> list[FromClient]:
         """Frames were left out: everything that is live is asked for again."""
+        answers = self.acknowledge()
         self._last_frame = None
         self._acknowledged = None
-        return self._resume_all(now)
+        return answers + self._resume_all(now)
 
     def resumed(self, message: Resumed) -> list[FromClient]:
         """All tokens so far of one request, and new handles; what is here already is passed over."""

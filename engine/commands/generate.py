@@ -39,7 +39,8 @@ Output lines: what --json lists under "outputs"; or {"request_id", "line", "erro
 
 
 @click.command(epilog=_EPILOG)
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to continue; may be repeated.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT ...", help="What to continue; may be repeated.")
+@click.argument("more_prompts", nargs=-1, metavar="")
 @click.option(
     "--prompt-token-ids", "id_lists", multiple=True, metavar="ID,ID,...", help="The same as token ids; may be repeated."
 )
@@ -59,6 +60,7 @@ Output lines: what --json lists under "outputs"; or {"request_id", "line", "erro
 @engine_options
 def generate(
     prompts: tuple[str, ...],
+    more_prompts: tuple[str, ...],
     id_lists: tuple[str, ...],
     input_file: Path | None,
     output_file: Path | None,
@@ -70,6 +72,9 @@ def generate(
 
     Text streams to stdout; progress and errors go to stderr.
     """
+    if more_prompts and not prompts:
+        raise click.UsageError(f"what is {more_prompts[0]!r}? For a prompt: --prompt {more_prompts[0]!r}")
+    prompts += more_prompts
     _check_usage(prompts, id_lists, input_file, output_file)
 
     async def work() -> int:

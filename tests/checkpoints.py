@@ -7,13 +7,20 @@ that ignores one of them is found out.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 VOCAB_SIZE = 256
 MAX_POSITIONS = 512
@@ -134,6 +141,6 @@ def _rewrite_config(path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoints]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """Checkpoint folders, shared by the session. Import this fixture into a conftest.py to use it."""
-    yield Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))

@@ -81,7 +81,7 @@ class BatchTable:
         self.computed = np.zeros(rows, dtype=np.int64)
         self.prompt_len = np.zeros(rows, dtype=np.int64)
         self.last_token = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self._sampling = _SamplingColumns(rows)
+        self._sampling = SamplingColumns(rows)
         # Ids of rows that have not sampled yet; from then on the device knows the last one and the pages the others.
         self._pending: dict[int, Array] = {}
 
@@ -106,7 +106,7 @@ class BatchTable:
     def _cached(self, admit: Admit) -> tuple[Array, Array]:
         places = np.arange(admit.num_cached)
         slots = self.block_table[admit.row, places // self.block_size] * self.block_size + places % self.block_size
-        return slots, admit.tokens[: admit.num_cached]
+        return slots, admit.tokens[: admit.num_cached].copy()  # arrays off the wire are read-only
 
     def _evict(self, rows: Array) -> None:
         if not len(rows):
@@ -275,7 +275,7 @@ class BatchTable:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
 
 
-class _SamplingColumns:
+class SamplingColumns:
     """Sampling parameters by row."""
 
     def __init__(self, rows: int) -> None:

@@ -140,7 +140,7 @@ def _keep_min_p(scores: Tensor, min_p: Array) -> None:
     if len(some):
         at = _on(some, scores)
         chosen = scores[at]
-        floor = chosen.amax(-1, keepdim=True) + _column(np.log(min_p), some, scores)
+        floor = chosen.amax(-1, keepdim=True) + _column(min_p, some, scores).log()
         scores[at] = chosen.masked_fill_(chosen < floor, float("-inf"))
 
 

@@ -24,6 +24,7 @@ from drumline.workers.layers import ExpertExchange
 from drumline.workers.model_runner import ModelRunner, StepOutput
 
 STEP_DEADLINE_S = 30.0
+GREEDY = SamplingSpec(temperature=0.0)
 
 
 def worker_config(folder: Path, **changes: Any) -> WorkerConfig:
@@ -66,7 +67,7 @@ class Stream:
 
     prompt: list[int]
     max_tokens: int
-    sampling: SamplingSpec = SamplingSpec(temperature=0.0)
+    sampling: SamplingSpec = GREEDY
     generated: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     logprobs: list[LogprobEntry] = field(default_factory=list)
@@ -245,4 +246,7 @@ class StepDriver:
 
 
 def _int32(values: list[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
-    return np.array(values, dtype=np.int32)
+    """Read-only, as arrays are that come off the wire."""
+    array = np.array(values, dtype=np.int32)
+    array.setflags(write=False)
+    return array

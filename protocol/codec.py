@@ -2,9 +2,9 @@
 
 The first frame is msgpack. A small array stands in it as an extension value; a larger one becomes a frame of its own,
 handed over as a view of the caller's memory. Decoding trusts nothing: the number and size of frames are checked first,
-then a pass in C walks the msgpack without allocating (a header that claims 2**32 elements ends there), and only then
-the typed decode runs, where dtype, dimensions and length of every array are checked against the annotation. The layout
-of the bytes is in docs/wire-format.md.
+then msgspec checks every value against its type, and dtype, dimensions and length of every array against its
+annotation. msgspec grows containers as their elements arrive, so a header that claims 2**32 of them allocates nothing;
+a test holds it to that. The layout of the bytes is in docs/wire-format.md.
 """
 
 from __future__ import annotations
@@ -84,7 +84,6 @@ class Codec(Generic[T]):
         self.max_frame_bytes = max_frame_bytes
         self._encoder = msgspec.msgpack.Encoder(enc_hook=self._encode_array)
         self._decoder = msgspec.msgpack.Decoder(union, dec_hook=self._decode_array)
-        self._scanner = msgspec.msgpack.Decoder(msgspec.Raw)
         # Frames beside the first, by thread, of the call that runs there. Empty for nearly every message.
         self._outgoing: dict[int, list[Frame]] = {}
         self._incoming: dict[int, Iterator[Frame]] = {}
@@ -117,7 +116,6 @@ class Codec(Generic[T]):
             if len(frame) > self.max_frame_bytes:
                 raise DecodeError("oversized", f"a frame of {len(frame)} bytes; the limit is {self.max_frame_bytes}")
         try:
-            self._scanner.decode(frames[0])
             if len(frames) == 1:
                 return cast(T, self._decoder.decode(frames[0]))
             return self._decode_with_frames(frames)

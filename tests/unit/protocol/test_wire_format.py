@@ -1,0 +1,108 @@
+"""The bytes on the wire are a promise to peers of other builds: these tests hold it."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import msgspec
+import pytest
+
+from drumline.protocol import messages as m
+from drumline.protocol.codec import Codec, DecodeError
+
+from .samples import ALL_MESSAGES, ANY_MESSAGE, SAMPLES, UNIONS, plain, read_golden
+
+CODEC: Codec[Any] = Codec(ANY_MESSAGE)
+BY_NAME = {type(sample).__name__: sample for sample in SAMPLES}
+TAG_RANGES = {
+    "ToWorker": range(1, 20),
+    "FromWorker": range(20, 40),
+    "FromClient": range(40, 70),
+    "ToClient": range(70, 100),
+    "FromSupervisor": range(100, 120),
+    "ToSupervisor": range(100, 120),
+}
+
+
+def test_every_message_has_a_sample_and_golden_bytes() -> None:
+    names = {cls.__name__ for cls in ALL_MESSAGES}
+    assert set(BY_NAME) == names
+    assert set(read_golden()) == names
+
+
+def test_every_message_stands_in_a_union() -> None:
+    in_unions = {cls for union in UNIONS.values() for cls in typing.get_args(union)}
+    assert in_unions == set(ALL_MESSAGES)
+
+
+def test_no_tag_is_used_twice() -> None:
+    tags = [cls.__struct_config__.tag for cls in ALL_MESSAGES]
+    assert len(set(tags)) == len(tags)
+
+
+@pytest.mark.parametrize("name", TAG_RANGES)
+def test_tags_are_in_the_range_of_their_direction(name: str) -> None:
+    for cls in typing.get_args(UNIONS[name]):
+        assert cls.__struct_config__.tag in TAG_RANGES[name], cls.__name__
+
+
+@pytest.mark.parametrize("name", sorted(BY_NAME))
+def test_a_message_encodes_to_its_golden_bytes(name: str) -> None:
+    assert [bytes(frame).hex() for frame in CODEC.encode(BY_NAME[name])] == read_golden()[name]
+
+
+@pytest.mark.parametrize("name", sorted(BY_NAME))
+def test_golden_bytes_decode_to_the_message(name: str) -> None:
+    decoded = CODEC.decode([bytes.fromhex(frame) for frame in read_golden()[name]])
+    assert plain(decoded) == plain(BY_NAME[name])
+
+
+@pytest.mark.parametrize("name", sorted(BY_NAME))
+def test_samples_set_every_field_apart_from_its_default(name: str) -> None:
+    # A sample that leaves a default in place would not notice when two fields change places.
+    sample = BY_NAME[name]
+    for field in msgspec.structs.fields(type(sample)):
+        if name == "CallResult" and field.name == "value":
+            continue
+        assert plain(getattr(sample, field.name)) != plain(field.default), field.name
+
+
+@pytest.mark.parametrize("name", sorted(BY_NAME))
+def test_a_message_of_an_older_build_lacks_only_fields_with_defaults(name: str) -> None:
+    sample = BY_NAME[name]
+    head = msgspec.msgpack.decode(bytes.fromhex(read_golden()[name][0]))
+    optional = sum(not field.required for field in msgspec.structs.fields(type(sample)))
+    frames = [bytes.fromhex(frame) for frame in read_golden()[name]]
+    if not optional or len(frames) > 1:
+        return
+    older = msgspec.msgpack.encode(head[: len(head) - optional])
+    decoded = CODEC.decode([older])
+    for field in msgspec.structs.fields(type(sample)):
+        expected = getattr(sample, field.name) if field.required else field.default
+        assert plain(getattr(decoded, field.name)) == plain(expected)
+
+
+@pytest.mark.parametrize("name", sorted(BY_NAME))
+def test_fields_that_a_newer_build_appended_are_passed_over(name: str) -> None:
+    frames = [bytes.fromhex(frame) for frame in read_golden()[name]]
+    head = msgspec.msgpack.decode(frames[0])
+    newer = msgspec.msgpack.encode([*head, "a field of the future", [1, 2, {"a": None}]])
+    assert plain(CODEC.decode([newer, *frames[1:]])) == plain(BY_NAME[name])
+
+
+def test_a_message_of_another_direction_is_not_taken() -> None:
+    for name, union in UNIONS.items():
+        codec: Codec[Any] = Codec(union)
+        own = set(typing.get_args(union))
+        for sample in SAMPLES:
+            if type(sample) in own:
+                assert type(codec.decode(codec.encode(sample))) in own
+            else:
+                with pytest.raises(DecodeError, match="does not decode"):
+                    codec.decode(codec.encode(sample))
+        assert own, name
+
+
+def test_the_protocol_version_is_pinned() -> None:
+    assert m.PROTOCOL_VERSION == 1

@@ -12,6 +12,7 @@ from drumline.engine import (
     AsyncEngine,
     CacheConfig,
     EngineConfig,
+    FaultConfig,
     Logprob,
     ParallelConfig,
     SamplingParams,
@@ -57,6 +58,8 @@ def scarce_config(model: Path | str, dp: int, *, moe: bool, strategy: str = "lin
         ),
         cache=CacheConfig(num_gpu_blocks_override=SCARCE_BLOCKS[dp]),
         scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=24),
+        # These runs ask what is computed; on a loaded machine a step may take its time.
+        faults=FaultConfig(step_deadline_s=60.0),
     )
 
 

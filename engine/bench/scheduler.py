@@ -1,13 +1,14 @@
 """Coordinator work per decode step: plan, encode, decode of the replies, apply. On the real core and the real codec.
 
 The workers are left out: their replies are encoded beforehand, outside the clock. Every row decodes in every step, two
-steps are in flight as in production, and nothing ends. Rows stand at random places in their blocks (as after requests of
-all lengths), and once more all at the same place, where every 16th step needs a block for every row at once.
+steps are in flight as in production, and nothing ends. Rows stand at random places in their blocks (as after requests
+of all lengths), and once more all at the same place, where every 16th step needs a block for every row at once.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import time
 from collections import deque
@@ -41,14 +42,20 @@ BLOCK_SIZE = 16
 VOCAB_SIZE = 32_000
 PROMPT_BLOCKS = 4
 EOS = 2
+MAX_TOKENS = 4096
+WARM_UP = 50
+# Every row generates in every step, and none may reach its length while the clock runs.
+MAX_STEPS = MAX_TOKENS - 1024
 _CONNECTION = 1
 
 
 class SchedulerResult(msgspec.Struct, frozen=True):
-    """Medians over steps, microseconds, ``rows`` per replica. ``total_us`` is of plan + encode + decode + apply together.
+    """Medians over steps, microseconds, ``rows`` per replica. ``total_us`` is of plan + encode + decode + apply
+    together.
 
     ``aligned_p99_us``: 99th percentile of the same total with all rows at the same place in their blocks. Beside it:
-    ``maintain_us`` (prefix hashing, after the sends) and ``client_us`` (sorting tokens by connection, encoding the frame).
+    ``maintain_us`` (prefix hashing, after the sends) and ``client_us`` (sorting tokens by connection, encoding the
+    frame).
     """
 
     replicas: int
@@ -95,7 +102,7 @@ def machine() -> Machine:
     if info.is_file():
         models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = models[0] if models else cpu
-    cores = len(_affinity())
+    cores = len(os.sched_getaffinity(0))
     return Machine(cpu, cores, platform.python_version(), np.__version__)
 
 
@@ -149,7 +156,7 @@ class _Bench:
         self._to_client: Codec[Any] = Codec(ToClient)
         self._in_flight: deque[list[tuple[int, Step]]] = deque()
         self._frame = 0
-        longest = 16 * (PROMPT_BLOCKS + 1) + 4096
+        longest = BLOCK_SIZE * PROMPT_BLOCKS + MAX_TOKENS
         config = CoreConfig(
             max_num_seqs=rows,
             max_num_batched_tokens=max(rows, 2048),
@@ -161,14 +168,15 @@ class _Bench:
             lockstep=True,
             max_waiting=replicas * rows,
         )
-        self.core = EngineCore(config, [rows * 64] * replicas, term=1, seed=0)
+        blocks_per_row = -(-longest // BLOCK_SIZE)
+        self.core = EngineCore(config, [rows * blocks_per_row] * replicas, term=1, seed=0)
         self.core.open_epoch(0, 1)
         for number in range(replicas * rows):
             self._submit(number, replicas, BLOCK_SIZE if aligned else int(self._random.integers(1, BLOCK_SIZE + 1)))
         self._start(replicas * rows)
 
     def run(self, steps: int) -> _Times:
-        for _ in range(min(50, steps)):
+        for _ in range(min(WARM_UP, steps)):
             self._step(_Times())
         times = _Times()
         gc.collect()
@@ -180,9 +188,7 @@ class _Bench:
 
     def _submit(self, number: int, replicas: int, phase: int) -> None:
         prompt = self._random.integers(3, VOCAB_SIZE, (PROMPT_BLOCKS - 1) * BLOCK_SIZE + phase).astype(np.int32)
-        submit = Submit(
-            number, f"r{number}", prompt, SamplingSpec(), 4096, ignore_eos=False, data_parallel_rank=number % replicas
-        )
+        submit = Submit(number, f"r{number}", prompt, SamplingSpec(), MAX_TOKENS, data_parallel_rank=number % replicas)
         answer = self.core.submit(_CONNECTION, submit, 0.0)
         if not isinstance(answer, Accepted):
             raise ValueError(f"the benchmark's own request was refused: {answer.error.text}")
@@ -240,12 +246,6 @@ class _Bench:
             self._frame += 1
             message = Tokens(self._frame, output.handles, output.positions, output.tokens, output.logprob_index)
             self._to_client.encode(message)
-
-
-def _affinity() -> set[int]:
-    import os
-
-    return os.sched_getaffinity(0)
 
 
 def _median(nanoseconds: list[int]) -> float:

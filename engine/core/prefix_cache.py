@@ -51,8 +51,8 @@ class PrefixHasher:
 
 
 class PrefixCache:
-    """The index from key to block for all replicas of a group, and its statistics. Each replica has a constant of its own
-    in the hash, so that the same prefix has another key on each, and one index serves a whole step.
+    """The index from key to block for all replicas of a group, and its statistics. Each replica has a constant of its
+    own in the hash, so that the same prefix has another key on each, and one index serves a whole step.
 
     A block that the pool gives away for new content stays in the index until :meth:`purge`; a look-up believes only the
     key that stands at the block itself. So giving blocks away costs no work per block on the critical path.

@@ -122,13 +122,12 @@ def settle(record: InFlight, table: BatchTable) -> tuple[Emission | None, list[E
 
 
 def _arrived(record: InFlight) -> tuple[I64, I32, dict[int, LogprobEntry]]:
-    """Rows and tokens of the replicas that have arrived, rows ascending, and logprobs by entry."""
+    """Rows and tokens of the replicas that have arrived, and logprobs by entry."""
     bounds = record.bounds
     if len(record.arrived) == len(bounds) - 1:
         starts = bounds[:-1]
         rows, tokens = record.rows, record.tokens
     else:
-        record.arrived.sort()
         spans = [slice(bounds[replica], bounds[replica + 1]) for replica in record.arrived]
         rows = np.concatenate([record.rows[span] for span in spans])
         tokens = np.concatenate([record.tokens[span] for span in spans])

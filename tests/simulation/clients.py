@@ -76,7 +76,8 @@ class Clients:
         self._register(client, answer.handles.tolist())
         for stream, tokens in zip(client.streams, answer.tokens, strict=True):
             got = tuple(tokens.tolist())
-            if got != stream.expected.tokens[: len(got)] or (len(got) < stream.position and stream.stopped_at < 0):
+            complete = len(got) >= stream.position if stream.end is None else len(got) == stream.end.num_tokens
+            if got != stream.expected.tokens[: len(got)] or not complete:
                 raise RuleBrokenError(
                     f"{stream.name}: resumed with {got}, {stream.position} tokens of {stream.expected}"
                 )

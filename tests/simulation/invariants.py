@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from drumline.engine.core.batch_table import DETACHED, FREE, LEFT
+from drumline.engine.core.batch_table import DECODE, DETACHED, FREE, LEFT, PREFILL
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.lockstep import LockstepGroup
 from drumline.engine.core.wave import WaveState
@@ -41,6 +41,30 @@ def check_rows(group: LockstepGroup) -> None:
                 raise RuleBrokenError(f"row {row} has left with {table.num_blocks[row]} blocks")
         elif table.known[row] > table.length[row]:
             raise RuleBrokenError(f"row {row} knows {table.known[row]} of {table.length[row]} tokens")
+
+
+def check_prefix_cache(group: LockstepGroup) -> None:
+    """Each row carries the hash state of its own text, and each index entry leads to a block of that key, or to one
+    that has been given away and waits for the purge."""
+    if group.cache is None:
+        return
+    table = group.table
+    for row in np.flatnonzero((table.status == PREFILL) | (table.status == DECODE)).tolist():
+        hashed = int(table.hashed[row])
+        if hashed == 0:
+            continue
+        sequence = table.sequences[row]
+        if sequence is None:
+            raise RuleBrokenError(f"row {row} is taken by nobody")
+        text = group.known_tokens(sequence)
+        states = group.cache.hasher.states(text)
+        if not np.array_equal(states[hashed - 1], table.prefix_state[row]):
+            raise RuleBrokenError(f"row {row}: wrong hash state after {hashed} blocks")
+        if hashed * table.block_size > table.filled[row]:
+            raise RuleBrokenError(f"row {row}: {hashed} blocks hashed, {table.filled[row]} entries filled")
+    waiting = sum(len(blocks) for blocks, _ in group.pool.lost)
+    if len(group.cache) > int(np.count_nonzero(group.pool.keyed)) + waiting:
+        raise RuleBrokenError(f"{len(group.cache)} index entries for {np.count_nonzero(group.pool.keyed)} keyed blocks")
 
 
 def check_at_rest(core: EngineCore) -> None:

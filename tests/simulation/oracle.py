@@ -1,8 +1,8 @@
 """What a correct engine generates, computed from the request alone.
 
 A prefix has a 63-bit hash; a KV slot remembers the hash of the prefix that was written there; the next token is a
-function of that hash, of the seed and of the index. So a single stale, foreign or missing slot, or a wrong seed, changes
-or betrays the output.
+function of that hash, of the seed and of the index. So a single stale, foreign or missing slot, or a wrong seed,
+changes or betrays the output.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import numpy as np
 
 from drumline.engine.core.config import CoreConfig
 from drumline.protocol.messages import SamplingSpec, Submit
+from tests.simulation.oracle import expected_output
 
 CONNECTIONS = 3
 
@@ -69,7 +70,8 @@ def make_scenario(seed: int, dp: int | None = None, async_scheduling: bool | Non
         prefix_affinity=rng.random() < 0.3,
     )
     tight = rng.random() < 0.6
-    blocks = rng.randint(2, 14) if tight else rng.randint(20, 60)
+    whole = -(-context // block_size)
+    blocks = max(2, round(whole * rng.uniform(0.6, 1.6))) if tight else rng.randint(whole, 4 * whole)
     day = rng.uniform(0.0, 20.0)
     scenario = Scenario(
         seed=seed,
@@ -91,24 +93,39 @@ def make_scenario(seed: int, dp: int | None = None, async_scheduling: bool | Non
 def _plans(rng: random.Random, config: CoreConfig, day: float) -> list[Plan]:
     shared = [rng.randrange(config.vocab_size) for _ in range(config.max_model_len)]
     plans: list[Plan] = []
-    for number in range(rng.randint(1, 7)):
-        length = rng.randint(1, max(1, config.max_model_len - 2))
+    for number in range(rng.randint(1, 6)):
+        length = rng.randint(1, max(1, (config.max_model_len - 2) // rng.choice((1, 2, 2))))
         kept = rng.randint(0, length) if rng.random() < 0.7 else 0
         prompt = shared[:kept] + [rng.randrange(config.vocab_size) for _ in range(length - kept)]
         at = rng.uniform(0, day)
+        if plans and rng.random() < 0.25:
+            prompt, at = _next_turn(rng, config, rng.choice(plans))
         plan = Plan(_submit(rng, config, number, prompt), rng.randrange(CONNECTIONS), at)
         if rng.random() < 0.2:
             plan.cancel_at = at + rng.uniform(0, 12)
-        if rng.random() < 0.1:
-            plan.resume_at = at + rng.uniform(0, 12)
+        if rng.random() < 0.15:
+            plan.resume_at = at + rng.uniform(0, 25)
         if rng.random() < 0.15:
             plan.stop_after = rng.randint(1, 6)
         plans.append(plan)
     return plans
 
 
+def _next_turn(rng: random.Random, config: CoreConfig, before: Plan) -> tuple[list[int], float]:
+    """A prompt that goes on where an earlier request's output stands, as in a conversation, and when it is
+    submitted."""
+    submit = before.submit
+    prompt: list[int] = submit.prompt.tolist()
+    room = config.max_model_len - 1 - len(prompt)
+    output = expected_output(
+        prompt, submit.sampling.seed, 0, frozenset(), 0, min(submit.max_tokens, room), config.vocab_size
+    ).tokens
+    text = [*prompt, *output, *(rng.randrange(config.vocab_size) for _ in range(rng.randint(0, 2)))]
+    return text[: config.max_model_len - 1], before.at + rng.uniform(0, 25)
+
+
 def _submit(rng: random.Random, config: CoreConfig, number: int, prompt: list[int]) -> Submit:
-    max_tokens = rng.choice((1, 2, rng.randint(1, 12), rng.randint(1, 12), 60))
+    max_tokens = rng.choice((1, rng.randint(1, 6), rng.randint(1, 12), rng.randint(4, 20), 60))
     count = rng.choice((0, 0, 1, 2, 12))
     stops = tuple(rng.randrange(config.vocab_size) for _ in range(count if config.vocab_size > 7 else min(count, 1)))
     sampling = SamplingSpec(

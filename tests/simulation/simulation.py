@@ -27,7 +27,7 @@ from drumline.protocol.messages import (
     ToWorker,
 )
 from tests.simulation.clients import Client, Clients, Stream
-from tests.simulation.invariants import check_at_rest, check_blocks, check_rows, groups_of
+from tests.simulation.invariants import check_at_rest, check_blocks, check_prefix_cache, check_rows, groups_of
 from tests.simulation.scenario import CONNECTIONS, Plan, Scenario
 from tests.simulation.worker import RuleBrokenError, SimWorker
 
@@ -38,7 +38,8 @@ _FROM_WORKER: Codec[Any] = Codec(FromWorker)
 
 
 class Simulation:
-    """One scenario from its first submission to rest. :meth:`run` raises :class:`RuleBrokenError` at the first broken rule.
+    """One scenario from its first submission to rest. :meth:`run` raises :class:`RuleBrokenError` at the first broken
+    rule.
 
     ``seen`` counts what happened, so that a test can tell whether its scenarios meet what they are for.
     """
@@ -135,7 +136,7 @@ class Simulation:
         if client.dropped or client.forgotten:
             return
         connection = (client.connection + self._random.randrange(2)) % CONNECTIONS
-        positions = tuple(stream.position if stream.stopped_at < 0 else 0 for stream in client.streams)
+        positions = tuple(stream.position if stream.end is None else 0 for stream in client.streams)
         answer = self.core.resume(connection, Resume(1, client.plan.submit.request_id, positions))
         if not isinstance(answer, Resumed):
             raise RuleBrokenError(f"{client.plan.submit.request_id}: not resumed, {answer.error.text}")
@@ -192,7 +193,7 @@ class Simulation:
                 raise RuleBrokenError("replicas are told different token counts")
         if not first.num_tokens_across_dp.any():
             raise RuleBrokenError(f"step {first.step} computes nothing anywhere")
-        if len(self._groups[group].in_flight) > self.config.steps_in_flight:
+        if len(self._groups[group].in_flight) > (2 if self.config.async_scheduling else 1):
             raise RuleBrokenError(f"{len(self._groups[group].in_flight)} steps in flight")
         state = self._groups[group].wave
         if state.state is not WaveState.RUNNING or state.number != first.wave:
@@ -260,6 +261,8 @@ class Simulation:
                 raise RuleBrokenError(f"group {index}: a step without work")
             check_blocks(group)
             check_rows(group)
+            if self._random.random() < 0.1:
+                check_prefix_cache(group)
         for output in self.core.outputs():
             for client, stream in self.clients.read(output):
                 wanted = client.plan.stop_after
@@ -289,6 +292,8 @@ class Simulation:
         if client.ended and self._random.random() < 0.5:
             self.core.forget(request_id)
             client.forgotten = request_id not in self.core._book._requests
+        elif client.ended and not client.dropped:
+            self._soon(1.0, partial(self._resume, client))
 
     def _check_end(self) -> None:
         for client in self.clients.requests.values():

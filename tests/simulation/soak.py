@@ -1,0 +1,59 @@
+"""Random scenarios for as long as you like: ``python -m tests.simulation.soak --minutes 5``, or ``--seed N`` to replay
+one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+import traceback
+from collections import Counter
+
+from tests.simulation.scenario import make_scenario
+from tests.simulation.simulation import run_scenario
+from tests.simulation.worker import RuleBrokenError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, help="run this one scenario and stop")
+    arguments = parser.parse_args()
+    if arguments.seed is not None:
+        print(make_scenario(arguments.seed), file=sys.stderr)
+        return replay(arguments.seed)
+    return soak(arguments.minutes)
+
+
+def replay(seed: int) -> int:
+    try:
+        seen = run_scenario(make_scenario(seed))
+    except RuleBrokenError:
+        traceback.print_exc()
+        return 1
+    print(json.dumps({"seed": seed, "seen": seen}))
+    return 0
+
+
+def soak(minutes: float) -> int:
+    """Seeds from a random start, so that no two soaks are the same; a failing one is printed and ends the run."""
+    seed = random.SystemRandom().randrange(1 << 40)
+    end = time.monotonic() + 60 * minutes
+    seen: Counter[str] = Counter()
+    runs = 0
+    while time.monotonic() < end:
+        try:
+            seen.update(run_scenario(make_scenario(seed + runs)))
+        except RuleBrokenError:
+            traceback.print_exc()
+            print(json.dumps({"failed_seed": seed + runs, "runs": runs}))
+            return 1
+        runs += 1
+    print(json.dumps({"first_seed": seed, "runs": runs, "seen": seen}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,6 +23,7 @@ from drumline.engine.core.config import CoreConfig
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.outputs import ConnectionOutput
 from drumline.protocol.codec import Codec
+from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.messages import (
     Accepted,
     FromWorker,
@@ -88,7 +89,9 @@ class SchedulerReport(msgspec.Struct, frozen=True):
 
 def run(rows: Sequence[int] = DEFAULT_ROWS, replicas: int | None = None, steps: int = 300) -> SchedulerReport:
     """Measures each of ``rows`` per replica on ``replicas`` in one lockstep group; without ``replicas``, on one, and
-    then 64 replicas of 256 rows."""
+    then 64 replicas of 256 rows. Raises :class:`InvalidConfig` when there would be more ``steps`` than a row lives."""
+    if not 1 <= steps <= MAX_STEPS:
+        raise InvalidConfig("steps", steps, f"1 to {MAX_STEPS}")
     cases = [(replicas or 1, count) for count in rows]
     if replicas is None and tuple(rows) == DEFAULT_ROWS:
         cases.append((WIDE_REPLICAS, WIDE_ROWS))

@@ -23,6 +23,7 @@ from drumline.protocol.errors import (
     DrumlineError,
     DuplicateRequest,
     EngineClosed,
+    ErrorInfo,
     InvalidConfig,
     InvalidRequest,
     ProtocolError,
@@ -34,6 +35,7 @@ from drumline.protocol.messages import (
     Cancel,
     Event,
     ModelInfo,
+    RankAnswer,
     StatusQuery,
     Submit,
     WelcomeClient,
@@ -258,7 +260,10 @@ class AsyncEngine:
         """The state of the engine, its groups, replicas and ranks, at this moment."""
         connection, _ = self._require_ready()
         report = await connection.call(StatusQuery, "status")
-        return msgspec.json.decode(report.status, type=EngineStatus)
+        try:
+            return msgspec.json.decode(report.status, type=EngineStatus)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"the coordinator's status does not decode: {error}") from error
 
     async def collective_rpc(
         self,
@@ -280,16 +285,7 @@ class AsyncEngine:
         result = await connection.call(
             lambda call_id: CallRanks(call_id, method, packed, limit), f"call {method!r}", limit + _CALL_SLACK_S
         )
-        replies = [
-            RankReply(
-                rank=answer.rank,
-                ok=answer.ok,
-                value=msgspec.msgpack.decode(answer.value) if answer.value else None,
-                error=answer.error,
-            )
-            for answer in result.answers
-        ]
-        return sorted(replies, key=lambda reply: reply.rank)
+        return sorted((_reply(answer) for answer in result.answers), key=lambda reply: reply.rank)
 
     def _require_ready(self) -> tuple[Connection, ModelInfo]:
         if self._closing is not None:
@@ -302,3 +298,12 @@ class AsyncEngine:
 
 def _numbered(submit: Submit) -> Callable[[int], Submit]:
     return lambda call_id: msgspec.structs.replace(submit, call_id=call_id)
+
+
+def _reply(answer: RankAnswer) -> RankReply:
+    try:
+        value = msgspec.msgpack.decode(answer.value) if answer.value else None
+    except msgspec.MsgspecError as error:
+        text = f"the reply of rank {answer.rank} does not decode: {error}"
+        return RankReply(answer.rank, ok=False, error=ErrorInfo(kind="protocol", text=text, rank=answer.rank))
+    return RankReply(answer.rank, answer.ok, value, answer.error)

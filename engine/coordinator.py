@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import logging
 import os
 import signal
 import sys
@@ -27,7 +28,7 @@ from drumline.engine.client_port import ClientPort
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.evidence import Loss
 from drumline.engine.core.members import EpochReady, Loading
-from drumline.engine.launch.order import Order, Report, encode_line, read_order, remove_runtime_dir
+from drumline.engine.launch.order import Order, Report, encode_line, log_to_stderr, read_order, remove_runtime_dir
 from drumline.engine.launch.owned_process import watch_owner
 from drumline.engine.resolve import ResolvedConfig, resolve
 from drumline.engine.running_clock import TICK_S, RunningClock
@@ -46,6 +47,8 @@ from drumline.protocol.messages import (
     Stopping,
     WelcomeClient,
 )
+
+log = logging.getLogger(__name__)
 
 RETRY_S = 0.05
 LAST_WORD_S = 0.15
@@ -84,9 +87,13 @@ class Coordinator:
         self._closed = False
         try:
             self.workers = WorkerPort(self._context, order, self.resolved, self, self._clock.now)
-            self.clients = ClientPort(self._context, order.client_endpoint, self, self._clock.now)
+            try:
+                self.clients = ClientPort(self._context, order.client_endpoint, self, self._clock.now)
+            except BaseException:
+                self.workers.close()
+                raise
         except BaseException:
-            self._context.destroy(linger=0)
+            self._context.term()
             raise
 
     # ---------------------------------------------------------------------------------------------- life
@@ -148,7 +155,7 @@ class Coordinator:
         if failure is not None:
             text += f": {failure!r}"
             trace = "".join(traceback.format_exception(failure))
-        print(f"drumline coordinator: {text}\n{trace}", file=sys.stderr, flush=True)
+        log.critical("%s\n%s", text, trace)
         self.end(text, ErrorInfo(kind="engine_closed", text=text, traceback=trace))
 
     async def _keep_time(self) -> None:
@@ -297,7 +304,7 @@ class Coordinator:
             if loss.rank >= 0 and step < 0:
                 step = self.workers.oldest_step(loss.rank)
             error = msgspec.structs.replace(error, kind="request_failed", retryable=True, step=step)
-        print(f"drumline coordinator: {error.text}", file=sys.stderr, flush=True)
+        log.error(error.text)
         self.clients.connections.broadcast(Event("fault", error.text, loss.rank))
         self.end(error.text, error)
 
@@ -347,10 +354,11 @@ def _report(error: ErrorInfo) -> None:
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    log_to_stderr("coordinator")
     try:
         order = read_order(0)
     except DrumlineError as error:
-        print(f"drumline coordinator: {error.text}", file=sys.stderr)
+        log.critical(error.text)
         return 2
     try:
         return uvloop.run(serve(order))

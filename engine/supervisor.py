@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -24,13 +25,14 @@ from drumline.engine.launch.order import (
     Order,
     Report,
     encode_line,
+    log_to_stderr,
     read_order,
     read_report,
     remove_runtime_dir,
 )
 from drumline.engine.launch.owned_process import OwnedProcess, watch_owner
 from drumline.protocol.codec import Codec
-from drumline.protocol.errors import ErrorInfo, ProtocolError
+from drumline.protocol.errors import EngineClosed, ErrorInfo, ProtocolError
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
     Beat,
@@ -42,6 +44,8 @@ from drumline.protocol.messages import (
     ToSupervisor,
 )
 from drumline.protocol.sockets import Dealer
+
+log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 GRACE_S = 1.0
@@ -75,7 +79,10 @@ class Supervisor:
             self._loop.add_signal_handler(number, self._end, None)
         tasks: list[asyncio.Task[None]] = []
         try:
-            self._start()
+            try:
+                self._start()
+            except OSError as error:
+                self._fail(f"a process cannot be started: {error}")
             tasks = [self._loop.create_task(self._receive()), self._loop.create_task(self._beat())]
             for task in tasks:
                 task.add_done_callback(self._task_ended)
@@ -130,9 +137,14 @@ class Supervisor:
 
     async def _receive(self) -> None:
         if self._dealer is None or self._forkserver is None:
-            return
+            return  # the start failed and the end is under way
         while True:
-            message = await self._dealer.recv()
+            try:
+                message = await self._dealer.recv()
+            except EngineClosed as error:
+                # The exit of the coordinator, which is about to be told, says more than its lost connection.
+                self._loop.call_later(GRACE_S, self._fail, error.text)
+                return
             if isinstance(message, Spawn):
                 if not self._stopping:
                     self._forkserver.spawn(message.rank, self._order.worker_endpoint, message.token)
@@ -182,7 +194,7 @@ class Supervisor:
 
     def _fail(self, text: str) -> None:
         if not self._stopping:
-            print(f"drumline supervisor: {text}", file=sys.stderr, flush=True)
+            log.error(text)
             self._end(ErrorInfo(kind="engine_closed", text=text))
 
     def _end(self, error: ErrorInfo | None) -> None:
@@ -233,10 +245,11 @@ async def _supervise(order: Order) -> int:
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    log_to_stderr("supervisor")
     try:
         order = read_order(0)
     except ProtocolError as error:
-        print(f"drumline supervisor: {error.text}", file=sys.stderr)
+        log.critical(error.text)
         return 2
     return asyncio.run(_supervise(order))
 

@@ -6,8 +6,10 @@ go the other way as JSON lines on stdout.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import msgspec
@@ -17,6 +19,8 @@ from drumline.protocol.errors import ErrorInfo, ProtocolError
 
 MAX_LINE_BYTES = 1 << 20
 RUNTIME_PREFIX = "drumline-"
+MAX_TEXT_CHARACTERS = 2_000
+MAX_TRACE_CHARACTERS = 8_000
 
 
 class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,7 +53,26 @@ _report_decoder = msgspec.json.Decoder(Report)
 
 
 def encode_line(value: Order | Report) -> bytes:
+    """One line. The texts of a report are cut: it must fit into a pipe whose reader sleeps."""
+    if isinstance(value, Report) and value.error is not None:
+        error = value.error
+        error = msgspec.structs.replace(
+            error,
+            text=error.text[:MAX_TEXT_CHARACTERS],
+            traceback=error.traceback[-MAX_TRACE_CHARACTERS:],
+            found=error.found[:MAX_TEXT_CHARACTERS],
+            valid=error.valid[:MAX_TEXT_CHARACTERS],
+        )
+        value = msgspec.structs.replace(value, error=error)
     return msgspec.json.encode(value) + b"\n"
+
+
+def log_to_stderr(process: str) -> None:
+    """How a process of the engine logs: to stderr, with its name; a reader that is gone is no reason to stop."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format=f"%(asctime)s drumline:{process} %(levelname)s %(message)s"
+    )
+    logging.raiseExceptions = False
 
 
 def read_order(fd: int) -> Order:

@@ -54,8 +54,9 @@ class OwnedProcess:
         self._output_open = True
         loop.add_reader(self._pidfd, self._ended)
         loop.add_reader(stdout.fileno(), self._readable)
-        if first_line:
-            self.write(first_line)
+        if first_line and not self.write(first_line):
+            self.close_lifeline()
+            raise OSError(f"{module} did not take its first line of {len(first_line)} bytes")
 
     def write(self, data: bytes) -> bool:
         """Write to its stdin; False when the pipe is closed or full, which nothing but a stuck reader makes it."""

@@ -10,24 +10,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import time
-
-import psutil
 
 from drumline.engine.client import AsyncEngine
 from drumline.engine.config import EngineConfig, ParallelConfig
 from drumline.engine.sampling_params import SamplingParams
+from tests import procfs
 
 
 def cpu_seconds() -> dict[str, float]:
     """User and system time by process, this one and all below it."""
-    this = psutil.Process()
     times: dict[str, float] = {}
-    for process in [this, *this.children(recursive=True)]:
-        used = process.cpu_times()
-        words = [word for word in process.cmdline() if word.startswith("drumline.")]
-        name = process.name() if process.name().startswith("drumline:") else (words or ["app"])[0]
-        times[f"{name} {process.pid}"] = used.user + used.system
+    for pid in [os.getpid(), *procfs.descendants(os.getpid())]:
+        words = [word for word in procfs.command(pid).split() if word.startswith("drumline.")]
+        own_name = procfs.name(pid)
+        shown = own_name if own_name.startswith("drumline:") else (words or ["app"])[0]
+        times[f"{shown} {pid}"] = procfs.cpu_seconds(pid)
     return times
 
 

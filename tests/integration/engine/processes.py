@@ -9,11 +9,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import psutil
-
 from drumline.engine.client import AsyncEngine
 from drumline.engine.config import EngineConfig
 from drumline.protocol.messages import Event
+from tests import procfs
 
 MARK = "DRUMLINE_TEST_MARK"
 ALL_GONE_S = 3.0
@@ -22,20 +21,12 @@ ALL_GONE_S = 3.0
 
 def marked(mark: str) -> dict[int, str]:
     """Command lines by pid of all living processes that inherited ``mark``, this one excepted."""
-    wanted = f"{MARK}={mark}".encode()
-    found: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            if wanted not in (entry / "environ").read_bytes().split(b"\0"):
-                continue
-            process = psutil.Process(int(entry.name))
-            if process.status() != psutil.STATUS_ZOMBIE:
-                found[process.pid] = " ".join(process.cmdline()) or process.name()
-        except (OSError, psutil.Error):
-            continue
-    return found
+    entry = f"{MARK}={mark}"
+    return {
+        pid: procfs.command(pid) or procfs.name(pid)
+        for pid in procfs.pids()
+        if pid != os.getpid() and procfs.has_environment(pid, entry) and procfs.is_alive(pid)
+    }
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> float:
@@ -71,28 +62,15 @@ def files_in(folder: Path) -> list[str]:
 
 def workers(mark: str) -> list[int]:
     """Pids of worker processes (they name themselves), by rank."""
-    found: list[tuple[str, int]] = []
-    for pid in marked(mark):
-        try:
-            name = psutil.Process(pid).name()
-        except psutil.Error:
-            continue
-        if name.startswith("drumline:r"):
-            found.append((name, pid))
-    return [pid for _, pid in sorted(found)]
+    names = {pid: procfs.name(pid) for pid in marked(mark)}
+    return sorted((pid for pid in names if names[pid].startswith("drumline:r")), key=lambda pid: names[pid])
 
 
 def of_module(mark: str, module: str) -> int:
-    """The pid of the process that runs ``module``."""
-    (pid,) = [pid for pid, command in marked(mark).items() if f"-m {module}" in command]
+    """The pid of the process that runs ``module``; workers, which are forks, keep the command line of their origin."""
+    forks = set(workers(mark))
+    (pid,) = [pid for pid, command in marked(mark).items() if f"-m {module}" in command and pid not in forks]
     return pid
-
-
-def has_ended(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 @asynccontextmanager

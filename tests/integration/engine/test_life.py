@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import msgspec
-import psutil
 import pytest
 
 from drumline.engine.client import AsyncEngine
@@ -18,6 +18,7 @@ from drumline.engine.sampling_params import SamplingParams
 from drumline.protocol.messages import Event
 from drumline.protocol.status import EngineStatus
 from tests.integration.engine.processes import files_in, marked, of_module, running, wait_all_gone, workers
+from tests.procfs import session
 
 ONE = EngineConfig("demo")
 TWO = EngineConfig("demo", parallel=ParallelConfig(data_parallel_size=2, enable_expert_parallel=True))
@@ -118,12 +119,6 @@ async def test_control_calls_are_answered_by_every_rank(mark: str) -> None:
 
 async def test_the_helpers_of_an_engine_ignore_the_terminals_interrupt(mark: str) -> None:
     async with running(ONE) as engine:
-        group = psutil.Process().pid
-        for pid in marked(mark):
-            assert psutil.Process(pid).ppid() != 0
-            assert _session(pid) != _session(group)
+        # Ctrl-C goes to the foreground group of the terminal's session, in which none of them is.
+        assert all(session(pid) != session(os.getpid()) for pid in marked(mark))
         assert len(await eight_tokens(engine)) == 8
-
-
-def _session(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[3])

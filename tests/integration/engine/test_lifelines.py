@@ -17,7 +17,6 @@ import pytest
 from drumline.engine.errors import EngineClosed, RequestFailed
 from tests.integration.engine.processes import (
     files_in,
-    has_ended,
     marked,
     of_module,
     running,
@@ -27,6 +26,7 @@ from tests.integration.engine.processes import (
     workers,
 )
 from tests.integration.engine.test_life import GREEDY, TWO, eight_tokens
+from tests.procfs import is_alive
 
 
 @contextmanager
@@ -122,7 +122,7 @@ async def test_a_killed_coordinator_ends_the_engine_and_the_app_is_told_how(mark
         with pytest.raises((EngineClosed, RequestFailed), match=rf"coordinator \(pid {pid}\) ended with signal 9"):
             async for _ in stream:
                 pass
-        assert has_ended(pid)
+        assert not is_alive(pid)
         await until(lambda: not marked(mark), 3.0, f"left: {marked(mark)}")
         assert files_in(runtime_root) == []
 

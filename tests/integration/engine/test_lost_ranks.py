@@ -14,8 +14,9 @@ from drumline.engine.client import AsyncEngine
 from drumline.engine.config import FaultConfig
 from drumline.engine.errors import EngineClosed, RequestFailed, StartFailed
 from drumline.engine.sampling_params import SamplingParams
-from tests.integration.engine.processes import has_ended, marked, running, until, workers
+from tests.integration.engine.processes import marked, running, until, workers
 from tests.integration.engine.test_life import TWO, eight_tokens
+from tests.procfs import is_alive
 
 LONG = SamplingParams(temperature=0.8, seed=1, max_tokens=900, ignore_eos=True)
 
@@ -40,7 +41,7 @@ async def test_a_worker_killed_while_it_loads_fails_the_start_by_name(mark: str,
     with pytest.raises(StartFailed, match=rf"rank {rank} \(pid {victim}\) ended with signal 9") as caught:
         await start
     assert time.monotonic() - killed_at < 5.0
-    assert has_ended(victim)
+    assert not is_alive(victim)
     assert (caught.value.rank, caught.value.info.kind) == (rank, "start_failed")
     assert marked(mark) == {}
 
@@ -57,7 +58,7 @@ async def test_a_worker_killed_while_it_serves_fails_every_request_by_name(mark:
         killed_at = time.monotonic()
         results = await asyncio.gather(*readers, return_exceptions=True)
         assert time.monotonic() - killed_at < 2.0
-        assert has_ended(victim)
+        assert not is_alive(victim)
         for result in results:
             assert isinstance(result, RequestFailed), result
             assert (result.rank, result.epoch) == (rank, 1)

@@ -176,7 +176,8 @@ def test_a_wrong_token_admits_nobody() -> None:
     one.supervisor_hello(SUPERVISOR, hello_supervisor(), 0.0)
     assert one.worker_hello(b"x", hello(0, token="token-1"), 0.0) == []
     assert one.worker_hello(b"x", hello(17, token="token-1"), 0.0) == []
-    assert one.refusals.wrong_token == 5
+    assert one.worker_hello(b"x", hello(0, token="tök\U0001f511"), 0.0) == []
+    assert one.refusals.wrong_token == 6
     assert one.tick(1.0) == []
 
 

@@ -1,0 +1,240 @@
+"""A coordinator in the test's own loop, with real sockets, and with ranks whose next token is a hash of the prefix."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import zmq
+
+from drumline.engine.config import EngineConfig
+from drumline.engine.coordinator import Coordinator
+from drumline.engine.launch.order import Order
+from drumline.engine.resolve import resolve
+from drumline.protocol.codec import Codec, config_digest
+from drumline.protocol.errors import EngineClosed, ErrorInfo
+from drumline.protocol.messages import (
+    PROTOCOL_VERSION,
+    Accepted,
+    BeatWorker,
+    Call,
+    CallResult,
+    Configure,
+    Failed,
+    HelloClient,
+    HelloSupervisor,
+    HelloWorker,
+    Message,
+    OpenStore,
+    Ready,
+    SamplingSpec,
+    Shutdown,
+    Spawn,
+    StatusQuery,
+    StatusReport,
+    Step,
+    StepDone,
+    StoreReady,
+    Submit,
+    ToClient,
+    ToSupervisor,
+    ToWorker,
+    WelcomeClient,
+    WelcomeWorker,
+    WorkerConfig,
+)
+from drumline.protocol.sockets import Dealer
+from drumline.protocol.status import EngineStatus
+from tests.simulation.worker import SimWorker
+
+T = TypeVar("T")
+NUM_BLOCKS = 256
+TOKEN = "the supervisor's"
+PATIENCE_S = 10.0
+
+
+class SimulatedRank:
+    """Speaks a worker's side of the protocol. ``answer`` may be replaced to misbehave."""
+
+    def __init__(self, engine: SimulatedEngine, rank: int, token: str) -> None:
+        self.engine = engine
+        self.rank = rank
+        self.incarnation = f"inc-{rank}"
+        self.dealer: Dealer[ToWorker] = Dealer(engine.context, engine.order.worker_endpoint, Codec(ToWorker))
+        self.config: WorkerConfig | None = None
+        self.worker: SimWorker | None = None
+        self.answer: Callable[[StepDone], StepDone | None] = lambda done: done
+        self.answers_calls = True
+        self.shut_down = False
+        self.dealer.send(HelloWorker(PROTOCOL_VERSION, token, rank, self.incarnation, 1000 + rank, "h"))
+        self.task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while not self.shut_down:
+            try:
+                message = await self.dealer.recv()
+            except EngineClosed:
+                return
+            reply = self._reply(message)
+            if reply is not None:
+                self.dealer.send(reply)
+
+    def _reply(self, message: ToWorker) -> Message | None:
+        if isinstance(message, WelcomeWorker):
+            self.config = message.config
+        elif isinstance(message, OpenStore):
+            return StoreReady(message.term, message.epoch, self.rank, "127.0.0.1", 1)
+        elif isinstance(message, Configure):
+            return self._configure(message)
+        elif isinstance(message, Step) and self.worker is not None:
+            return self.answer(self.worker.execute(message))
+        elif isinstance(message, Call) and self.answers_calls:
+            return CallResult(message.term, message.epoch, message.call_id, self.rank, True, b"pong")
+        elif isinstance(message, Shutdown):
+            self.shut_down = True
+        return None
+
+    def _configure(self, message: Configure) -> Message:
+        assert self.config is not None
+        core = self.engine.coordinator.resolved.core
+        place = [member.rank for member in message.members].index(self.rank)
+        self.worker = SimWorker(core, self.rank, place, NUM_BLOCKS, message.term, message.epoch)
+        digest = config_digest(self.config)
+        return Ready(message.term, message.epoch, self.rank, digest, NUM_BLOCKS, 4096, 1000, 0.1)
+
+    def beat(self, step: int = 0, inside: bool = False) -> None:
+        self.dealer.send(BeatWorker(1, 1, self.rank, step, 0, inside))
+
+    def close(self) -> None:
+        self.task.cancel()
+        self.dealer.close()
+
+
+class RawClient:
+    """A client's socket: what it sends and reads is the test's business."""
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
+        self.dealer: Dealer[ToClient] = Dealer(context, endpoint, Codec(ToClient))
+        self.seen: list[ToClient] = []
+
+    def hello(self, version: int = PROTOCOL_VERSION) -> None:
+        self.dealer.send(HelloClient(version, "raw"))
+
+    async def read(self, kind: type[T]) -> T:
+        """The next message of ``kind``; others are kept in ``seen``."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                message = await self.dealer.recv()
+                self.seen.append(message)
+                if isinstance(message, kind):
+                    return message
+
+    async def read_for(self, seconds: float) -> list[ToClient]:
+        """Everything that comes within ``seconds``."""
+        messages: list[ToClient] = []
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    messages.append(await self.dealer.recv())
+        except TimeoutError:
+            return messages
+
+    async def welcome(self) -> WelcomeClient:
+        self.hello()
+        return await self.read(WelcomeClient)
+
+    def submit(self, request_id: str, max_tokens: int = 8, n: int = 1) -> None:
+        prompt = np.arange(5, 12, dtype=np.int32)
+        self.dealer.send(
+            Submit(1, request_id, prompt, SamplingSpec(seed=3), max_tokens, n=n, seed_given=True, ignore_eos=True)
+        )
+
+    async def accepted(self, request_id: str, max_tokens: int = 8, n: int = 1) -> Accepted:
+        self.submit(request_id, max_tokens, n)
+        return await self.read(Accepted)
+
+    async def status(self) -> EngineStatus:
+        self.dealer.send(StatusQuery(77))
+        report = await self.read(StatusReport)
+        return msgspec.json.decode(report.status, type=EngineStatus)
+
+    async def status_when(self, condition: Callable[[EngineStatus], bool]) -> EngineStatus:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition(status := await self.status()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        return status
+
+    async def engine_failure(self) -> ErrorInfo:
+        """The error that ends the engine."""
+        while (failed := await self.read(Failed)).request_id:
+            pass
+        return failed.error
+
+    def close(self) -> None:
+        self.dealer.close()
+
+
+class SimulatedEngine:
+    """A coordinator with its supervisor's socket in the test's hands. Ranks join by :meth:`start_ranks`."""
+
+    def __init__(self, config: EngineConfig, folder: Path) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.order = Order(
+            config=config,
+            runtime_dir=str(folder),
+            client_endpoint=f"ipc://{folder}/client.sock",
+            worker_endpoint=f"ipc://{folder}/worker.sock",
+            supervisor_token=TOKEN,
+            owner_pid=os.getpid(),
+        )
+        self.coordinator = Coordinator(self.order, resolve(config))
+        self.run = asyncio.create_task(self.coordinator.run())
+        self.supervisor: Dealer[ToSupervisor] = Dealer(self.context, self.order.worker_endpoint, Codec(ToSupervisor))
+        self.ranks: dict[int, SimulatedRank] = {}
+        self.clients: list[RawClient] = []
+
+    async def spawns(self) -> list[Spawn]:
+        """Say hello as the supervisor; returns what is to be spawned."""
+        self.supervisor.send(HelloSupervisor(PROTOCOL_VERSION, TOKEN, 1))
+        spawns: list[Spawn] = []
+        async with asyncio.timeout(PATIENCE_S):
+            while len(spawns) < len(self.coordinator.workers.membership.ranks):
+                message = await self.supervisor.recv()
+                if isinstance(message, Spawn):
+                    spawns.append(message)
+        return spawns
+
+    async def start_ranks(self) -> None:
+        for spawn in await self.spawns():
+            self.ranks[spawn.rank] = SimulatedRank(self, spawn.rank, spawn.token)
+
+    def client(self) -> RawClient:
+        client = RawClient(self.context, self.order.client_endpoint)
+        self.clients.append(client)
+        return client
+
+    async def close(self) -> None:
+        self.coordinator.end("the test is over")
+        await asyncio.wait([self.run], timeout=PATIENCE_S)
+        for part in (*self.ranks.values(), *self.clients, self.supervisor):
+            part.close()
+        await asyncio.gather(*(rank.task for rank in self.ranks.values()), return_exceptions=True)
+        self.context.term()
+
+
+@asynccontextmanager
+async def simulated(config: EngineConfig, folder: Path, *, ranks: bool = True) -> AsyncIterator[SimulatedEngine]:
+    """A coordinator in this loop; with ``ranks`` the simulated ones join."""
+    engine = SimulatedEngine(config, folder)
+    try:
+        if ranks:
+            await engine.start_ranks()
+        yield engine
+    finally:
+        await engine.close()

@@ -1,0 +1,323 @@
+"""The coordinator at its sockets: who is let in, what readers get, and how it ends. Ranks are simulated."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from drumline.engine import client_connections
+from drumline.engine.client_connections import WINDOW
+from drumline.engine.core.engine_core import EngineCore
+from drumline.protocol.codec import Codec
+from drumline.protocol.errors import ErrorInfo
+from drumline.protocol.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    BeatClient,
+    Behind,
+    CallRanks,
+    CallRanksResult,
+    Cancel,
+    Cancelled,
+    Event,
+    Exited,
+    Failed,
+    Fault,
+    Finished,
+    Goodbye,
+    HelloSupervisor,
+    HelloWorker,
+    Rejected,
+    Resume,
+    Resumed,
+    StepDone,
+    Stopping,
+    Tokens,
+    ToWorker,
+)
+from drumline.protocol.sockets import Dealer
+from tests.integration.engine.simulated_ranks import NUM_BLOCKS, SimulatedEngine, simulated
+from tests.integration.engine.test_life import ONE, TWO
+
+
+async def test_clients_are_greeted_told_of_the_load_and_welcomed_when_all_is_ready(runtime_root: Path) -> None:
+    async with simulated(TWO, runtime_root, ranks=False) as engine:
+        client = engine.client()
+        client.hello()
+        assert (await client.read(Event)).kind == "starting"
+        status = await client.status()
+        assert (status.state, status.groups, len(status.ranks)) == ("starting", (), 2)
+        await engine.start_ranks()
+        welcome = await client.welcome()
+        events = [message for message in client.seen if isinstance(message, Event)]
+        assert {event.rank for event in events if event.kind == "loading"} == {0, 1}
+        assert events[-1].kind == "ready"
+        assert (welcome.version, welcome.info.data_parallel_size) == (PROTOCOL_VERSION, 2)
+        assert welcome.tokenizer.startswith(b"{")
+        assert (await client.status()).state == "ready"
+
+
+async def test_a_submission_before_the_engine_is_ready_is_refused_as_retryable(runtime_root: Path) -> None:
+    async with simulated(TWO, runtime_root, ranks=False) as engine:
+        client = engine.client()
+        client.hello()
+        client.submit("early")
+        rejected = await client.read(Rejected)
+        assert rejected.request_id == "early"
+        assert rejected.error.retryable
+        client.dealer.send(Cancel(9, "early"))
+        assert (await client.read(Rejected)).call_id == 9
+
+
+async def test_another_protocol_version_and_strangers_are_turned_away(runtime_root: Path) -> None:
+    async with simulated(ONE, runtime_root) as engine:
+        old, stranger, client = engine.client(), engine.client(), engine.client()
+        old.hello(version=PROTOCOL_VERSION + 1)
+        assert (await old.engine_failure()).kind == "protocol"
+        stranger.submit("no hello")
+        await client.welcome()
+        status = await client.status_when(lambda status: status.counters["client_messages_unknown_peer"] > 0)
+        assert status.counters["client_hellos_refused"] == 1
+        assert status.requests.accepted == 0
+
+
+async def test_only_launch_tokens_open_the_workers_side(runtime_root: Path) -> None:
+    async with simulated(ONE, runtime_root) as engine:
+        client = engine.client()
+        await client.welcome()
+        intruder: Dealer[ToWorker] = Dealer(engine.context, engine.order.worker_endpoint, Codec(ToWorker))
+        intruder.send(HelloWorker(PROTOCOL_VERSION, "guess", 0, "x", 1, "h"))
+        intruder.send(HelloSupervisor(PROTOCOL_VERSION, "guess", 1))
+        intruder.send(Exited(0, 1000, 0, 9))
+        intruder.send(Stopping("ha"))
+        status = await client.status_when(lambda status: status.counters["worker_messages_unknown_peer"] == 2)
+        intruder.close()
+        assert status.counters["worker_messages_wrong_token"] == 2
+        assert status.state == "ready"
+
+
+async def test_tokens_come_in_numbered_frames_and_the_end_in_the_last(runtime_root: Path) -> None:
+    async with simulated(TWO, runtime_root) as engine:
+        client = engine.client()
+        await client.welcome()
+        accepted = await client.accepted("r", max_tokens=5, n=2)
+        assert len(accepted.handles) == 2
+        ends: list[int] = []
+        while len(ends) < 2:
+            ends += [end.index for end in (await client.read(Finished)).ends]
+        frames = [message for message in client.seen if isinstance(message, Tokens | Finished)]
+        assert [frame.frame for frame in frames] == list(range(1, len(frames) + 1))
+        tokens = [frame for frame in frames if isinstance(frame, Tokens)]
+        assert sum(len(frame.tokens) for frame in tokens) == 10
+        for handle in accepted.handles.tolist():
+            positions = [
+                int(position)
+                for frame in tokens
+                for own, position in zip(frame.handles, frame.positions, strict=True)
+                if own == handle
+            ]
+            assert positions == list(range(5))
+
+
+async def test_a_reader_that_falls_behind_gets_one_behind_and_all_tokens_by_resume(runtime_root: Path) -> None:
+    async with simulated(ONE, runtime_root) as engine:
+        slow, other = engine.client(), engine.client()
+        await slow.welcome()
+        await other.welcome()
+        await slow.accepted("slow", max_tokens=WINDOW * 3)
+        await other.status_when(lambda status: status.requests.finished == 1)
+        # Others do not notice.
+        await other.accepted("quick", max_tokens=3)
+        await other.read(Finished)
+
+        unread = [message for message in await slow.read_for(0.2) if isinstance(message, Tokens | Finished | Behind)]
+        assert len(unread) == WINDOW
+        assert all(isinstance(message, Tokens) for message in unread)
+        slow.dealer.send(Ack(WINDOW))
+        assert (await slow.read(Behind)).frame == WINDOW
+        slow.dealer.send(Resume(5, "slow", (WINDOW,)))
+        resumed = await slow.read(Resumed)
+        assert (resumed.call_id, len(resumed.tokens[0]), len(resumed.ends)) == (5, WINDOW * 3, 1)
+        delivered = np.concatenate([message.tokens for message in unread if isinstance(message, Tokens)])
+        assert (resumed.tokens[0][:WINDOW] == delivered).all()
+        # All its ends have been told, so its id is free again.
+        await slow.accepted("slow", max_tokens=1)
+
+
+async def test_an_id_is_free_once_its_end_is_acknowledged(runtime_root: Path) -> None:
+    async with simulated(ONE, runtime_root) as engine:
+        client = engine.client()
+        await client.welcome()
+        await client.accepted("r", max_tokens=2)
+        finished = await client.read(Finished)
+        client.submit("r")
+        assert (await client.read(Rejected)).error.kind == "duplicate_request"
+        client.dealer.send(Ack(finished.frame))
+        await client.accepted("r", max_tokens=2)
+
+
+@pytest.mark.parametrize("way", ["goodbye", "vanishes", "falls silent"])
+async def test_the_requests_of_a_client_that_leaves_are_cancelled(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    async with simulated(ONE, runtime_root) as engine:
+        monkeypatch.setattr(client_connections, "SILENCE_S", 0.5)
+        leaver, stayer = engine.client(), engine.client()
+        await leaver.welcome()
+        await stayer.welcome()
+        leaver.dealer.send(BeatClient("raw"))
+        # No token comes for it, so nothing but its silence or a reply tells that it is gone.
+        engine.ranks[0].answer = lambda done: None
+        await leaver.accepted("left", max_tokens=900)
+        assert (await stayer.status()).requests.accepted == 1
+        if way == "goodbye":
+            leaver.dealer.send(Goodbye("raw"))
+        elif way == "vanishes":
+            leaver.close()
+        status = await stayer.status_when(lambda status: status.requests.cancelled == 1)
+        assert status.counters["clients"] == 1
+        assert status.counters["clients_silent"] == (0 if way == "goodbye" else 1)
+
+
+async def test_a_cancel_is_confirmed_when_the_blocks_are_free(runtime_root: Path) -> None:
+    async with simulated(ONE, runtime_root) as engine:
+        client = engine.client()
+        await client.welcome()
+        await client.accepted("r", max_tokens=900)
+        client.dealer.send(Cancel(4, "r"))
+        cancelled = await client.read(Cancelled)
+        assert (cancelled.call_id, cancelled.request_id) == (4, "r")
+        replica = (await client.status()).replicas[0]
+        assert (replica.running, replica.blocks_free) == (0, NUM_BLOCKS)
+
+
+async def test_calls_have_a_deadline_of_their_own_for_each_rank_and_late_replies_are_dropped(
+    runtime_root: Path,
+) -> None:
+    async with simulated(TWO, runtime_root) as engine:
+        client = engine.client()
+        await client.welcome()
+        engine.ranks[1].answers_calls = False
+        began = time.monotonic()
+        client.dealer.send(CallRanks(8, "ping", b"", 0.3))
+        result = await client.read(CallRanksResult)
+        assert 0.25 < time.monotonic() - began < 1.5
+        assert [(answer.rank, answer.ok) for answer in result.answers] == [(0, True), (1, False)]
+        assert "did not answer ping within 0.3 s" in (result.answers[1].error or ErrorInfo("", "")).text
+        client.dealer.send(CallRanks(9, "", b"", 0.3))
+        assert (await client.read(Rejected)).error.kind == "invalid_request"
+
+
+async def test_a_fault_while_serving_fails_every_request_with_rank_epoch_and_step(runtime_root: Path) -> None:
+    async with simulated(TWO, runtime_root) as engine:
+        client = engine.client()
+        await client.welcome()
+        await client.accepted("a", max_tokens=900)
+        await client.accepted("b", max_tokens=900)
+        await client.read(Tokens)
+        error = ErrorInfo(kind="internal", text="logits are not a number", traceback="Traceback ...")
+        engine.ranks[1].dealer.send(Fault(1, 1, 1, error))
+        fatal = await client.engine_failure()
+        failed = {message.request_id: message.error for message in client.seen if isinstance(message, Failed)}
+        assert set(failed) == {"a", "b", ""}
+        for name in ("a", "b"):
+            info = failed[name]
+            assert (info.kind, info.rank, info.epoch, info.incarnation) == ("request_failed", 1, 1, "inc-1")
+            assert info.step >= 0
+            assert info.traceback == "Traceback ..."
+        assert (fatal.kind, fatal.rank) == ("engine_closed", 1)
+        await engine.run
+        await asyncio.wait_for(asyncio.gather(*(rank.task for rank in engine.ranks.values())), 5.0)
+        assert all(rank.shut_down for rank in engine.ranks.values())
+        async with asyncio.timeout(5.0):
+            while not isinstance(message := await engine.supervisor.recv(), Stopping):
+                pass
+        assert message.error is not None
+        assert message.error.rank == 1
+
+
+async def test_a_reply_that_cannot_be_right_is_the_loss_of_the_rank(runtime_root: Path) -> None:
+    async with simulated(ONE, runtime_root) as engine:
+        client = engine.client()
+        await client.welcome()
+
+        def too_many(done: StepDone) -> StepDone:
+            return msgspec.structs.replace(done, tokens=np.zeros(7, dtype=np.int32))
+
+        engine.ranks[0].answer = too_many
+        await client.accepted("r")
+        fatal = await client.engine_failure()
+        assert fatal.rank == 0
+        assert "impossible reply" in fatal.text
+
+
+async def test_replies_to_steps_that_were_never_sent_are_dropped_and_counted(runtime_root: Path) -> None:
+    async with simulated(ONE, runtime_root) as engine:
+        client = engine.client()
+        await client.welcome()
+        nothing = np.zeros(0, dtype=np.int32)
+        for epoch, step in ((1, 50), (0, 0), (2, 0)):
+            engine.ranks[0].dealer.send(StepDone(1, epoch, 0, step, nothing, nothing))
+        engine.ranks[0].dealer.send(StepDone(1, 1, 3, 0, nothing, nothing))
+        status = await client.status_when(lambda status: status.counters["worker_messages_foreign_rank"] == 1)
+        assert status.counters["worker_messages_out_of_order"] == 1
+        assert status.counters["worker_messages_stale"] == 2
+        await client.accepted("r")
+        await client.read(Finished)
+
+
+async def test_a_task_that_dies_ends_the_engine_with_its_traceback(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_core: EngineCore, _now: float) -> None:
+        raise ZeroDivisionError("a bug")
+
+    async with simulated(ONE, runtime_root) as engine:
+        client = engine.client()
+        await client.welcome()
+        monkeypatch.setattr(EngineCore, "maintain", broken)
+        client.submit("r")
+        fatal = await client.engine_failure()
+        assert fatal.kind == "engine_closed"
+        assert "ZeroDivisionError" in fatal.text
+        assert "a bug" in fatal.traceback
+        assert await engine.run == fatal
+
+
+async def test_a_supervisor_that_closes_the_engine_ends_live_requests_as_closed(runtime_root: Path) -> None:
+    async with simulated(TWO, runtime_root) as engine:
+        client = engine.client()
+        await client.welcome()
+        engine.ranks[0].answer = lambda done: None
+        await client.accepted("r")
+        engine.supervisor.send(Stopping("the app closes"))
+        assert (await client.read(Failed)).error.kind == "engine_closed"
+        assert "the app closes" in (await client.engine_failure()).text
+        assert await engine.run is None
+
+
+async def test_a_rank_that_hangs_is_told_from_the_one_that_waits_for_it(runtime_root: Path) -> None:
+    config = msgspec.structs.replace(TWO, faults=msgspec.structs.replace(TWO.faults, step_deadline_s=0.2))
+    async with simulated(config, runtime_root) as engine:
+        client = engine.client()
+        await client.welcome()
+        await client.accepted("warm", max_tokens=20)
+        await client.read(Finished)
+        await hang(engine, waiting=0, hanging=1)
+        await client.accepted("r")
+        fatal = await client.engine_failure()
+        assert fatal.rank == 1
+        assert "furthest behind in step" in fatal.text
+
+
+async def hang(engine: SimulatedEngine, waiting: int, hanging: int) -> None:
+    """Neither rank answers any more; one says that it waits inside a collective, the other that it does not."""
+    for rank in engine.ranks.values():
+        rank.answer = lambda done: None
+    engine.ranks[waiting].beat(step=30, inside=True)
+    engine.ranks[hanging].beat(step=30, inside=False)

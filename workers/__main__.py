@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from drumline.workers.openmp import sleep_while_waiting
 from drumline.workers.process import start_worker
 
 
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         token = options.token_file.read_text(encoding="utf-8").strip()
     except OSError as error:
         parser.error(f"argument --token-file: {error}")
+    sleep_while_waiting()
     return start_worker(options.rank, options.coordinator, token, options.lifeline_fd)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from drumline.protocol.errors import DrumlineError, ProtocolError
 from drumline.workers import lifeline
 from drumline.workers.framing import Command, CommandReader, pack
+from drumline.workers.openmp import sleep_while_waiting
 from drumline.workers.signals import release_signals, take_signals
 
 STDERR_TAIL_BYTES = 4096
@@ -253,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     lifeline_fd = None if options.lifeline_fd is None else lifeline.arm(options.lifeline_fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sleep_while_waiting()
     start = preload()
     if lifeline_fd is not None:
         lifeline.disarm(lifeline_fd)  # from here on the loop sees it, and kills the children too

@@ -41,6 +41,8 @@ class _AsyncLink(Generic[T]):
         self._descriptors = (link.socket.FD, link.monitor.FD)
         self._loop.add_reader(self._descriptors[0], self._wake_if_readable)
         self._loop.add_reader(self._descriptors[1], self._on_monitor)
+        # A descriptor announces only what comes after a read that found nothing.
+        link.drain_monitor()
 
     def statistics(self) -> SocketStatistics:
         if not self._closed:

@@ -164,13 +164,14 @@ class Coordinator:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._until_next()):
                     await self._wake.wait()
-            self._wake.clear()
             now = self._clock.now()
             self.workers.tick(now)
             self.clients.tick(now)
             for call in self._calls.expire(now):
                 self._answer(call.connection, call.result())
             self.changed(now)
+            # What woke it is handled; what it waits for next is looked up anew. Cleared earlier, it would wake itself.
+            self._wake.clear()
 
     def _until_next(self) -> float:
         now = self._clock.now()

@@ -6,6 +6,7 @@ messages between them and the socket, and tells the coordinator what came of it.
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -45,6 +46,7 @@ from drumline.protocol.messages import (
 )
 from drumline.protocol.sockets import Router, SendResult
 
+BEAT_S = 0.9
 HWM = 1024
 MAX_FRAME_BYTES = 64 << 20
 
@@ -85,6 +87,7 @@ class WorkerPort:
         self._events = events
         self._now = read_clock
         self._term = order.term
+        self._beat_at = read_clock()
         self.router: Router[FromWorkerSide] = Router(
             context, order.worker_endpoint, Codec(FromWorkerSide), hwm=HWM, max_frame_bytes=MAX_FRAME_BYTES
         )
@@ -167,7 +170,9 @@ class WorkerPort:
                 )
                 self._declare_lost(record, text, overdue.step)
         self._carry_out(self.membership.tick(now))
-        self._to_owner(Beat(0))
+        if now - self._beat_at >= BEAT_S:
+            self._beat_at = now
+            self._to_owner(Beat(os.getpid()))
 
     def _carry_out(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -242,9 +247,8 @@ class WorkerPort:
 
     def shut_down(self, reason: str, error: ErrorInfo | None) -> None:
         """Tell every worker to end, and the supervisor to see to it."""
-        for record in self.membership.ranks.values():
-            if record.peer is not None:
-                self.router.send(record.peer, Shutdown(self._term, reason))
+        for peer in self.membership.peers:
+            self.router.send(peer, Shutdown(self._term, reason))
         self._to_owner(Stopping(reason, error))
 
     def close(self) -> None:

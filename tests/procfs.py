@@ -15,7 +15,7 @@ def pids() -> list[int]:
 
 
 def stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on, which is field 3 of its manual. Raises OSError when it is gone."""
+    """The fields of /proc/PID/stat from the state on, which is its third. Raises OSError when it is gone."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 

@@ -82,6 +82,11 @@ class Membership:
         """The socket identity of the supervisor, once it has said hello."""
         return self._owner
 
+    @property
+    def peers(self) -> tuple[bytes, ...]:
+        """The socket identities of all ranks that have said Hello, lost ones too: their processes may live on."""
+        return tuple(self._rank_of)
+
     def is_owner(self, peer: bytes) -> bool:
         """Whether ``peer`` is the supervisor; whatever it says counts as a sign of life."""
         if peer != self._owner:

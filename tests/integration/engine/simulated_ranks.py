@@ -222,8 +222,10 @@ class SimulatedEngine:
     async def close(self) -> None:
         self.coordinator.end("the test is over")
         await asyncio.wait([self.run], timeout=PATIENCE_S)
-        for part in (*self.ranks.values(), *self.clients, self.supervisor):
+        parts: list[SimulatedRank | RawClient] = [*self.ranks.values(), *self.clients]
+        for part in parts:
             part.close()
+        self.supervisor.close()
         await asyncio.gather(*(rank.task for rank in self.ranks.values()), return_exceptions=True)
         self.context.term()
 

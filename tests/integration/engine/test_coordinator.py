@@ -18,6 +18,7 @@ from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
     Ack,
+    Beat,
     BeatClient,
     Behind,
     CallRanks,
@@ -234,11 +235,14 @@ async def test_a_fault_while_serving_fails_every_request_with_rank_epoch_and_ste
         await engine.run
         await asyncio.wait_for(asyncio.gather(*(rank.task for rank in engine.ranks.values())), 5.0)
         assert all(rank.shut_down for rank in engine.ranks.values())
+        beats = 0
         async with asyncio.timeout(5.0):
             while not isinstance(message := await engine.supervisor.recv(), Stopping):
-                pass
+                beats += isinstance(message, Beat)
         assert message.error is not None
         assert message.error.rank == 1
+        # While the loss was settled the coordinator waited, it did not spin.
+        assert beats <= 3
 
 
 async def test_a_reply_that_cannot_be_right_is_the_loss_of_the_rank(runtime_root: Path) -> None:

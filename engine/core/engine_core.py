@@ -133,6 +133,7 @@ class EngineCore:
     @property
     def idle(self) -> bool:
         """Whether no request is unfinished and no step is in flight."""
+        self._settle()
         return all(group.unfinished == 0 and not group.in_flight for group in self._groups)
 
     # ---------------------------------------------------------------------------------------------------------- status

@@ -104,6 +104,8 @@ class RequestBook:
         prompt: np.ndarray[tuple[int, ...], np.dtype[np.int32]],
         states: np.ndarray[tuple[int, ...], np.dtype[np.uint64]] | None,
     ) -> int:
+        if self._config.data_parallel_size == 1:
+            return 0
         waiting: list[int] = []
         running: list[int] = []
         unacknowledged: list[int] = []

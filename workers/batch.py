@@ -45,6 +45,11 @@ class StepRows:
         return self.rows[self.sampling]
 
     @property
+    def each_token_samples(self) -> bool:
+        """Whether token i of the step is the last of sampling row i, for all of them."""
+        return len(self.sampling) == self.num_tokens and bool((self.last_tokens == np.arange(self.num_tokens)).all())
+
+    @property
     def last_tokens(self) -> Array:
         """The index, among the step's tokens, of each sampling row's last."""
         return self.ends[self.sampling] - 1
@@ -173,7 +178,7 @@ class BatchTable:
             decodes[waits] = False
             prefills = (prefill_counts > 0) & ~self.decoding[prefill_rows]
             prefill_rows, prefill_counts = prefill_rows[prefills], prefill_counts[prefills]
-        decode_rows = np.flatnonzero(decodes)
+        decode_rows = self._by_length(np.flatnonzero(decodes))
         rows = np.concatenate([decode_rows, prefill_rows])
         counts = np.concatenate([np.ones(len(decode_rows), dtype=np.int64), prefill_counts])
         ends = counts.cumsum()
@@ -189,9 +194,16 @@ class BatchTable:
         blocks = self.block_table[token_rows, positions // self.block_size]
         slots = blocks * self.block_size + positions % self.block_size
         sampling = np.flatnonzero(needed == self.length[rows])
-        if len(prefill_rows):
-            sampling = sampling[rows[sampling].argsort()]
+        sampling = sampling[rows[sampling].argsort()]
         return StepRows(len(decode_rows), rows, counts, positions, slots, ends, sampling)
+
+    def _by_length(self, rows: Array) -> Array:
+        """Decoding rows in ascending order of length, if their lengths differ much: neighbours are gathered together
+        and padded to the longest of them."""
+        lengths = self.computed[rows]
+        if len(rows) < 2 or lengths.max() < 1.5 * lengths.min() + self.block_size:
+            return rows
+        return rows[lengths.argsort(kind="stable")]
 
     def _check_named(self, named: Array, named_counts: Array) -> tuple[Array, Array]:
         if len(named) != len(named_counts):

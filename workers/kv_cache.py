@@ -34,6 +34,24 @@ class KVCache:
         self.keys = [whole[layer, 0] for layer in range(spec.num_layers)]
         self.values = [whole[layer, 1] for layer in range(spec.num_layers)]
         self.tokens = torch.zeros(num_blocks * block_size, dtype=torch.int32, device=device)
+        self._scratch = torch.empty(2, 0, block_size, spec.head_dim, dtype=dtype, device=device)
+
+    @property
+    def gather_bytes(self) -> int:
+        """Bytes of the keys of one block in one layer."""
+        return self.keys[0][:, 0].nbytes
+
+    def scratch(self, num_blocks: int) -> Tensor:
+        """Room to gather ``num_blocks`` blocks of keys and of values into, (2, kv heads * num_blocks, block, head dim).
+
+        The same memory every time: fresh pages for each gather would cost more than the gather.
+        """
+        kv_heads, _, block_size, head_dim = self.keys[0].shape
+        needed = kv_heads * num_blocks
+        if self._scratch.shape[1] < needed:
+            larger = max(needed, 2 * self._scratch.shape[1])
+            self._scratch = self._scratch.new_empty(2, larger, block_size, head_dim)
+        return self._scratch[:, :needed]
 
     def scrub(self, blocks: Tensor) -> None:
         """Replace NaN and infinity in ``blocks`` (int64) by finite numbers.

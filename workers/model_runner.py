@@ -14,9 +14,10 @@ from drumline.protocol.errors import DrumlineError, ErrorInfo, InvalidConfig, Pr
 from drumline.protocol.messages import I32, LogprobEntry, Step, WorkerConfig
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.placement import PlacementMaps
+from drumline.workers.attention_plan import plan_attention
 from drumline.workers.batch import BatchTable, StepRows
 from drumline.workers.kv_cache import KVCache, block_bytes, choose_num_blocks
-from drumline.workers.layers import AttentionInputs, DecodeRows, ExpertExchange, PrefillSequence
+from drumline.workers.layers import ExpertExchange
 from drumline.workers.loading import load_weights, resolve_dtype
 from drumline.workers.models import Decoder, ModelPlacement, StepContext, build_model
 from drumline.workers.sampler import sample
@@ -86,6 +87,7 @@ class ModelRunner:
         where = ModelPlacement(maps, self.ep_rank, self.config.max_model_len, self._dtype, self.device)
         model = build_model(self.spec, where)
         num_bytes = load_weights(model.plan, index, progress)
+        model.finish_loading()
         slots = len(maps.local_slots(self.ep_rank))
         self.expert_load = torch.zeros(len(model.moe_layers), slots, dtype=torch.int64, device=self.device)
         for layer, load in zip(model.moe_layers, self.expert_load, strict=True):
@@ -181,7 +183,7 @@ class ModelRunner:
     def _forward(self, plan: StepRows, counts: Sequence[int]) -> Tensor:
         batch, cache = self.batch, self.cache
         ids = batch.input_ids(plan)
-        attention = self._attention_inputs(plan)
+        attention = plan_attention(plan, batch, cache)
         cache.tokens.index_copy_(0, attention.slots, ids.int())
         positions = batch.on_device(plan.positions)
         hidden = self.model.hidden(ids, StepContext(positions, attention, counts, cache.keys, cache.values))
@@ -192,31 +194,9 @@ class ModelRunner:
             raise self._numeric_fault(rows, "hidden states")
         return hidden
 
-    def _attention_inputs(self, plan: StepRows) -> AttentionInputs:
-        batch, size = self.batch, self.config.block_size
-        decode = None
-        if plan.num_decode:
-            lengths = plan.positions[: plan.num_decode] + 1
-            width = -(-int(lengths.max()) // size)
-            blocks = batch.block_table[plan.rows[: plan.num_decode], :width]
-            beyond = np.arange(width * size) >= lengths[:, None]
-            bias = np.where(beyond, np.float32("-inf"), np.float32(0.0))[:, None, :]
-            bias = np.tile(bias, (self.spec.num_kv_heads, 1, 1))
-            decode = DecodeRows(plan.num_decode, batch.on_device(blocks.reshape(-1)), batch.on_device(bias))
-        prefills = []
-        for i in range(plan.num_decode, len(plan.rows)):
-            end, count = int(plan.ends[i]), int(plan.counts[i])
-            context = int(plan.positions[end - 1]) + 1
-            mask = None
-            if context > count:
-                mask = batch.on_device(np.arange(context) <= plan.positions[end - count : end, None])
-            own = batch.on_device(batch.block_table[plan.rows[i], : -(-context // size)])
-            prefills.append(PrefillSequence(end - count, end, context, own, mask))
-        return AttentionInputs(batch.on_device(plan.slots), decode, tuple(prefills))
-
     def _sample(self, plan: StepRows, hidden: Tensor) -> StepOutput:
         batch = self.batch
-        if len(hidden) > plan.num_decode:
+        if not plan.each_token_samples:
             hidden = hidden.index_select(0, batch.on_device(plan.last_tokens))
         logits = self.model.logits(hidden)
         if not logits.sum().isfinite():

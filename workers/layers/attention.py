@@ -30,26 +30,30 @@ class PrefillSequence:
 
 @dataclass(slots=True, frozen=True)
 class DecodeRows:
-    """The sequences that compute one token, ``count`` of them.
+    """Sequences of similar length that compute one token each: rows ``start`` to ``end`` (count) of the step's tokens.
 
     ``blocks``: int64 (count * width,), padded with any valid block to the width of the longest. ``bias``: float32
     (kv heads * count, 1, width * block_size), 0 where a sequence has tokens and -inf beyond, repeated for each kv head.
+    ``keys`` and ``values``: scratch (kv heads, count * width, block size, head dim), used by one layer after another.
     """
 
-    count: int
+    start: int
+    end: int
     blocks: Tensor
     bias: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 @dataclass(slots=True, frozen=True)
 class AttentionInputs:
-    """What every layer of a step needs to know of its tokens: first the single ones of ``decode``, then the prefills.
+    """What every layer of a step needs to know of its tokens: first those of ``decodes``, then those of ``prefills``.
 
     ``slots``: int64 (n,), where each token's keys and values go: block * block_size + offset.
     """
 
     slots: Tensor
-    decode: DecodeRows | None
+    decodes: tuple[DecodeRows, ...]
     prefills: tuple[PrefillSequence, ...]
 
 
@@ -73,17 +77,20 @@ class PagedAttention:
         """
         keys.flatten(1, 2).index_copy_(1, inputs.slots, k.transpose(0, 1))
         values.flatten(1, 2).index_copy_(1, inputs.slots, v.transpose(0, 1))
-        parts = []
-        if inputs.decode is not None:
-            parts.append(self._decode(q[: inputs.decode.count], keys, values, inputs.decode))
+        parts = [self._decode(q, keys, values, decode) for decode in inputs.decodes]
         parts.extend(self._prefill(q, k, v, keys, values, sequence) for sequence in inputs.prefills)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor, decode: DecodeRows) -> Tensor:
-        rows, heads, dim = decode.count, self.num_kv_heads, self.head_dim
-        gathered_keys = keys.index_select(1, decode.blocks).view(heads * rows, -1, dim)
-        gathered_values = values.index_select(1, decode.blocks).view(heads * rows, -1, dim)
-        grouped = q.view(rows, heads, self.group, dim).transpose(0, 1).reshape(heads * rows, self.group, dim)
+        rows, heads, dim = decode.end - decode.start, self.num_kv_heads, self.head_dim
+        gathered_keys = torch.index_select(keys, 1, decode.blocks, out=decode.keys).view(heads * rows, -1, dim)
+        gathered_values = torch.index_select(values, 1, decode.blocks, out=decode.values).view(heads * rows, -1, dim)
+        grouped = (
+            q[decode.start : decode.end]
+            .view(rows, heads, self.group, dim)
+            .transpose(0, 1)
+            .reshape(heads * rows, self.group, dim)
+        )
         scores = torch.baddbmm(decode.bias, grouped, gathered_keys.transpose(1, 2), alpha=self.scale)
         out = torch.bmm(scores.softmax(-1), gathered_values)
         return out.view(heads, rows, self.group, dim).transpose(0, 1).reshape(rows, -1)

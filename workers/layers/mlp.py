@@ -19,6 +19,11 @@ class GatedMlp:
         self.gate_up = Linear(gate_up)
         self.down = Linear(down)
 
+    def pack(self) -> None:
+        """See :meth:`Linear.pack`."""
+        self.gate_up.pack()
+        self.down.pack()
+
     def __call__(self, x: Tensor) -> Tensor:
         """(n, hidden) to (n, hidden)."""
         return self.down(gated_silu(self.gate_up(x), self.intermediate_size))

@@ -176,6 +176,16 @@ class Decoder:
         )
         self.moe_layers = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoeLayer)]
 
+    def finish_loading(self) -> None:
+        """The weights are in place: lay them out for use and let go of the plan's views of them."""
+        self.plan = LoadPlan()
+        for layer in self.layers:
+            layer.attention.qkv.pack()
+            layer.attention.out.pack()
+            if isinstance(layer.mlp, GatedMlp):
+                layer.mlp.pack()
+        self.head.pack()
+
     def set_exchange(self, exchange: ExpertExchange) -> None:
         """Use ``exchange`` in every MoE layer from the next step on."""
         for moe in self.moe_layers:

@@ -13,6 +13,7 @@ from drumline.protocol.modelspec import RopeScaling
 from drumline.workers.layers import (
     AttentionInputs,
     DecodeRows,
+    Linear,
     MoeLayer,
     PagedAttention,
     PrefillSequence,
@@ -55,7 +56,7 @@ def test_decodes_and_prefills_in_one_call_are_causal_attention_over_their_own_bl
     mask = torch.arange(6) <= torch.tensor([[3], [4], [5]])
     inputs = AttentionInputs(
         slots=torch.tensor(slots["a"][6:] + slots["b"][3:] + slots["c"]),
-        decode=DecodeRows(1, torch.tensor([5, 1]), bias),
+        decodes=(DecodeRows(0, 1, torch.tensor([5, 1]), bias, *torch.empty(2, kv_heads, 2, size, dim)),),
         prefills=(
             PrefillSequence(1, 4, 6, torch.tensor([2, 7]), mask),
             PrefillSequence(4, 9, 5, torch.tensor([0, 3]), None),
@@ -119,3 +120,21 @@ def test_moe_is_the_weighted_sum_of_the_chosen_experts() -> None:
             total += weight * (down[slot] @ (torch.nn.functional.silu(gate) * up))
         torch.testing.assert_close(found[token], total, rtol=1e-4, atol=1e-5)
     assert torch.equal(layer.load, counted)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_packed_linear_is_the_same_product(tokens: int, biased: bool) -> None:
+    torch.manual_seed(2)
+    weight, bias = torch.randn(640, 512), torch.randn(640) if biased else None
+    x = torch.randn(tokens, 512)
+    layer = Linear(weight, bias)
+    expected = layer(x)
+    layer.pack()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_small_linear_is_left_as_it_is() -> None:
+    layer = Linear(torch.randn(32, 16))
+    layer.pack()
+    assert layer.weight.device.type == "cpu"

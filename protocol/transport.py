@@ -98,7 +98,11 @@ class Counter:
 
 
 class Link(Generic[T]):
-    """A plain ZeroMQ socket with its codec, counters and monitor; every operation returns at once."""
+    """A plain ZeroMQ socket with its codec, counters and monitor; every operation returns at once.
+
+    Close it before its context is destroyed: a context that closes the monitor first leaves ZeroMQ's own thread waiting
+    for somebody to read the next event.
+    """
 
     def __init__(
         self,

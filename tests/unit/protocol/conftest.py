@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,9 +36,13 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 @pytest.fixture
 def context() -> Iterator[zmq.Context[Any]]:
+    """A context whose sockets the test closes: it must end within 5 s, and a socket left open would hold it."""
     context: zmq.Context[Any] = zmq.Context()
     yield context
-    context.destroy(linger=0)
+    end = threading.Thread(target=context.term, daemon=True)
+    end.start()
+    end.join(5)
+    assert not end.is_alive(), "a socket was left open"
 
 
 @pytest.fixture

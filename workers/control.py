@@ -155,7 +155,9 @@ class Control:
         if self._wake in ready:
             os.eventfd_read(self._wake)
         self._drain_outbox()
-        while (message := self._dealer.recv_nowait()) is not None:
+        # One message a turn: a second look would hold the interpreter while the main thread wants it for the first.
+        message = self._dealer.recv_nowait()
+        if message is not None:
             self._take(message)
         self._keep_time(time.monotonic())
 

@@ -8,9 +8,11 @@ another thread, since the last reference to a group with a pending operation blo
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,9 +21,10 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # exported, but not in __all__
 
-from drumline.protocol.errors import DrumlineError, ErrorInfo
+from drumline.protocol.errors import DrumlineError, ErrorInfo, ProtocolError
 from drumline.protocol.stateless import StatelessGroup, connect_store, group_prefix
 from drumline.workers.abort import AbortFlag, EpochAborted
+from drumline.workers.mailboxes import Mailboxes, open_mailboxes
 from drumline.workers.progress import Progress
 
 SLICE_S = 0.05
@@ -71,6 +74,14 @@ class GroupPlace:
         return len(self.members)
 
 
+@dataclass(frozen=True, slots=True)
+class Formed:
+    """A process group of torch, and the memory that its ranks share where they can."""
+
+    group: Any
+    mailboxes: Mailboxes | None
+
+
 class GroupCoordinator:
     """One process group, its collectives, their deadlines. Used by the main thread alone.
 
@@ -78,12 +89,13 @@ class GroupCoordinator:
     :meth:`close` must be called.
     """
 
-    def __init__(self, name: str, group: Any, place: GroupPlace, abort: AbortFlag, progress: Progress) -> None:
+    def __init__(self, name: str, formed: Formed, place: GroupPlace, abort: AbortFlag, progress: Progress) -> None:
         self.name = name
+        self.mailboxes = formed.mailboxes
         self.position = place.position
         self.size = place.size
         self.device = place.device
-        self._group = group
+        self._group = formed.group
         self._place = place
         self._abort = abort
         self._progress = progress
@@ -94,12 +106,39 @@ class GroupCoordinator:
 
         Both tensors are contiguous, of one dtype and row width; splits may be 0. Blocks until the rows are there.
         """
+        with self.collective():
+            self._pending = self._group.alltoall_base(output, source, output_splits, source_splits)
+            self._wait()
+
+    @contextlib.contextmanager
+    def collective(self) -> Iterator[None]:
+        """Around anything that waits for other ranks: keeps the progress record, refuses an epoch that is over."""
+        self.check_epoch()
         self._progress.enter_collective()
         try:
-            self._pending = self._open_group().alltoall_base(output, source, output_splits, source_splits)
-            self._wait()
+            yield
         finally:
             self._progress.leave_collective()
+
+    def check_epoch(self) -> None:
+        """Raises EpochAborted when the epoch is over or the group is closed."""
+        self._abort.check(self._place.term, self._place.epoch)
+        if self._group is None:
+            raise EpochAborted(f"group {self.name} of epoch {self._place.epoch} is closed")
+
+    def check_counts(self, counts: Sequence[int], own: int) -> None:
+        """Raises ProtocolError when a step's token counts do not fit the group, of which this rank has ``own``."""
+        if len(counts) != self.size or counts[self.position] != own:
+            raise ProtocolError(
+                f"rank {self.position} of {self.size} brings {own} tokens; the step's counts are {list(counts)}"
+            )
+
+    def error(self, kind: type[DrumlineError], text: str) -> DrumlineError:
+        """An error of the collective that this rank is in."""
+        step, collective = self._progress.position[2:4]
+        text = f"group {self.name}, rank {self.position} of {self.size}, collective {collective} of step {step}: {text}"
+        info = ErrorInfo(kind=kind.kind, text=text, retryable=True, epoch=self._place.epoch, step=step)
+        return kind(text, info)
 
     def close(self) -> None:
         """Give the group up. Never blocks, whatever is pending."""
@@ -107,26 +146,22 @@ class GroupCoordinator:
         self._pending = self._group = None
         if remains[1] is None:
             return
+        if self.mailboxes is not None:
+            self.mailboxes.leave()
         if self.device.type == "cuda":
             remains.insert(0, remains[1].abort)
         threading.Thread(target=_bury, args=(remains,), name=f"drop-{self.name}", daemon=True).start()
-
-    def _open_group(self) -> Any:
-        self._abort.check(self._place.term, self._place.epoch)
-        if self._group is None:
-            raise EpochAborted(f"group {self.name} of epoch {self._place.epoch} is closed")
-        return self._group
 
     def _wait(self) -> None:
         # Slices are counted, not clocked: time in which this process was itself stopped must not count against a peer.
         waited = 0.0
         while (failure := self._wait_slice()) is not None:
             if failure:
-                raise self._error(PeerLost, failure)
+                raise self.error(PeerLost, failure)
             self._abort.check(self._place.term, self._place.epoch)
             waited += SLICE_S
             if waited >= COLLECTIVE_DEADLINE_S:
-                raise self._error(GroupTimeout, f"did not end within {COLLECTIVE_DEADLINE_S:.0f} s")
+                raise self.error(GroupTimeout, f"did not end within {COLLECTIVE_DEADLINE_S:.0f} s")
         self._pending = None
 
     def _wait_slice(self) -> str | None:
@@ -165,12 +200,6 @@ class GroupCoordinator:
             time.sleep(_NCCL_POLL_S)
         return ""
 
-    def _error(self, kind: type[DrumlineError], text: str) -> DrumlineError:
-        step, collective = self._progress.position[2:4]
-        text = f"group {self.name}, rank {self.position} of {self.size}, collective {collective} of step {step}: {text}"
-        info = ErrorInfo(kind=kind.kind, text=text, retryable=True, epoch=self._place.epoch, step=step)
-        return kind(text, info)
-
 
 class _Forming:
     """The outcome of a side thread that forms a group."""
@@ -178,7 +207,7 @@ class _Forming:
     def __init__(self) -> None:
         self.done = threading.Event()
         self.abandoned = threading.Event()
-        self.group: Any = None
+        self.formed: Formed | None = None
         self.error: Exception | None = None
 
 
@@ -199,7 +228,7 @@ def form_group(
 
     def run() -> None:
         try:
-            forming.group = _connect(name, place, deadline_s, forming.abandoned)
+            forming.formed = _connect(name, place, deadline_s, forming.abandoned)
         except Exception as error:  # carried to the main thread, which raises it
             forming.error = error
         forming.done.set()
@@ -215,20 +244,21 @@ def form_group(
         forming.abandoned.set()
     if isinstance(forming.error, DrumlineError):
         raise forming.error
-    if forming.error is not None:
+    if forming.formed is None:
         raise PeerLost(f"group {name} of epoch {place.epoch} could not be formed: {forming.error}") from forming.error
-    return GroupCoordinator(name, forming.group, place, abort, progress)
+    return GroupCoordinator(name, forming.formed, place, abort, progress)
 
 
-def _connect(name: str, place: GroupPlace, deadline_s: float, abandoned: threading.Event) -> Any:
+def _connect(name: str, place: GroupPlace, deadline_s: float, abandoned: threading.Event) -> Formed:
     end = time.monotonic() + deadline_s
     store = connect_store(place.store_host, place.store_port, deadline_s, abandoned)
     # Connecting tells nobody who is missing; a barrier before it does.
     meeting = StatelessGroup(store, place.term, place.epoch, name, place.rank, place.members, abandoned)
     meeting.barrier(max(0.0, end - time.monotonic()))
     prefixed = PrefixStore(group_prefix(place.term, place.epoch, name), store)
-    connect = _connect_nccl if place.device.type == "cuda" else _connect_gloo
-    return connect(prefixed, place)
+    if place.device.type == "cuda":
+        return Formed(_connect_nccl(prefixed, place), None)
+    return Formed(_connect_gloo(prefixed, place), open_mailboxes(meeting, max(0.0, end - time.monotonic()), SLICE_S))
 
 
 def _connect_gloo(store: PrefixStore, place: GroupPlace) -> Any:

@@ -36,6 +36,7 @@ from drumline.protocol.stateless import StoreError, open_store
 from drumline.workers.abort import EpochAborted
 from drumline.workers.control import Control
 from drumline.workers.experts.exchange import GlooExchange
+from drumline.workers.experts.shared import SharedExchange
 from drumline.workers.faults import describe
 from drumline.workers.fence import Fence
 from drumline.workers.groups import GroupCoordinator, GroupPlace, GroupTimeout, PeerLost, form_group
@@ -189,8 +190,10 @@ class Worker:
             message.store_port,
             runner.device,
         )
-        self._group = form_group("experts", place, self._control.abort, self._progress)
-        runner.set_exchange(GlooExchange(self._group))
+        self._group = group = form_group("experts", place, self._control.abort, self._progress)
+        shared = group.mailboxes
+        log.info("%d ranks exchange tokens over %s", group.size, "sockets" if shared is None else "shared memory")
+        runner.set_exchange(GlooExchange(group) if shared is None else SharedExchange(group, shared))
 
     def _leave_epoch(self) -> None:
         """Give up the groups and refuse what is left of the epoch. Never blocks."""

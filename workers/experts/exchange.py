@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drumline.protocol.errors import InvalidConfig, ProtocolError
+from drumline.protocol.errors import InvalidConfig
 from drumline.workers.groups import GroupCoordinator
 
 _WORD = torch.int32
 
 
-class _Rows:
+class Rows:
     """A buffer of rows that grows to the largest use and stays there."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -45,9 +45,9 @@ class GlooExchange:
     def __init__(self, group: GroupCoordinator) -> None:
         self._group = group
         self._size = group.size
-        self._sent = _Rows(_WORD, group.device)
-        self._gathered = _Rows(_WORD, group.device)
-        self._home = _Rows(torch.float32, group.device)
+        self._sent = Rows(_WORD, group.device)
+        self._gathered = Rows(_WORD, group.device)
+        self._home = Rows(torch.float32, group.device)
         self._pair_bounds = np.zeros(group.size + 1, dtype=np.int64)
 
     def dispatch(self, hidden: Tensor, topk_ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -59,11 +59,8 @@ class GlooExchange:
         """
         n, hidden_size = hidden.shape
         top_k = topk_ids.shape[1]
-        if len(counts) != self._size or counts[self._group.position] != n:
-            raise ProtocolError(
-                f"rank {self._group.position} of {self._size} brings {n} tokens; the step's counts are {list(counts)}"
-            )
-        words = _words(hidden_size, hidden.dtype)
+        self._group.check_counts(counts, n)
+        words = count_words(hidden_size, hidden.dtype)
         sent = self._sent.take(self._size * n, words + top_k)
         to_all = sent.view(self._size, n, words + top_k)
         to_all[:, :, :words] = hidden.contiguous().view(_WORD)
@@ -91,7 +88,7 @@ class GlooExchange:
         return torch.empty_like(arrived).index_copy_(0, order, arrived)
 
 
-def _words(hidden_size: int, dtype: torch.dtype) -> int:
+def count_words(hidden_size: int, dtype: torch.dtype) -> int:
     """32-bit words of one row of hidden states. Raises InvalidConfig when it is no whole number of them."""
     size = hidden_size * dtype.itemsize
     if size % _WORD.itemsize:

@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import pytest_asyncio
@@ -41,7 +41,8 @@ async def coordinator(tmp_path: Path) -> AsyncIterator[CoordinatorEnd]:
     end.close()
 
 
-RunRanks = Callable[[str, int], list[Any]]
+class RunRanks(Protocol):
+    def __call__(self, scenario: str, world: int, way: str = "sockets") -> list[Any]: ...
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +59,8 @@ def run_ranks() -> Iterator[RunRanks]:
     assert process.stdout is not None
     stdin, stdout = process.stdin, process.stdout
 
-    def run(scenario: str, world: int) -> list[Any]:
-        stdin.write(json.dumps({"scenario": scenario, "world": world}) + "\n")
+    def run(scenario: str, world: int, way: str = "sockets") -> list[Any]:
+        stdin.write(json.dumps({"scenario": scenario, "world": world, "way": way}) + "\n")
         stdin.flush()
         answer = json.loads(stdout.readline())
         assert not answer["errors"], "\n".join(answer["errors"])

@@ -1,8 +1,8 @@
 """Runs a scenario on real rank processes.
 
-``python -m tests.integration.workers.ranks`` imports torch once, reads requests from stdin, one JSON object a line
-(``{"scenario": NAME, "world": N}``), forks N ranks that meet on a store of their own, and answers with one line:
-``{"results": [what rank 0 returned, ...], "errors": [...]}``.
+``python -m tests.integration.workers.ranks`` imports torch once and reads requests from stdin, one JSON object a line:
+``{"scenario": NAME, "world": N, "way": "sockets" or "memory"}``. For each it forks N ranks that meet on a store of
+their own, and answers with one line: ``{"results": [what rank 0 returned, ...], "errors": [...]}``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from drumline.workers.abort import AbortFlag
+from drumline.workers.experts.exchange import GlooExchange
+from drumline.workers.experts.shared import SharedExchange
 from drumline.workers.groups import GroupCoordinator, GroupPlace, form_group
+from drumline.workers.layers.moe import ExpertExchange
 from drumline.workers.progress import Progress
 from tests.integration.workers import scenarios
 
@@ -40,6 +43,15 @@ class Rank:
     port: int
     abort: AbortFlag
     progress: Progress
+    way: str
+
+    def exchange(self) -> ExpertExchange:
+        self.group = self.form()
+        if self.way == "sockets":
+            return GlooExchange(self.group)
+        if self.group.mailboxes is None:
+            raise AssertionError("ranks of one host share no memory")
+        return SharedExchange(self.group, self.group.mailboxes)
 
     def form(self, epoch: int = 1, deadline_s: float = 10.0, world: int | None = None) -> GroupCoordinator:
         members = tuple(range(self.world if world is None else world))
@@ -47,7 +59,7 @@ class Rank:
         return form_group("experts", place, self.abort, self.progress, deadline_s)
 
 
-def _run_rank(rank: int, world: int, listener: socket.socket, scenario: str, answer: int) -> None:
+def _run_rank(rank: int, world: int, listener: socket.socket, scenario: str, way: str, answer: int) -> None:
     torch.set_num_threads(1)
     port = listener.getsockname()[1]
     store = None
@@ -62,7 +74,7 @@ def _run_rank(rank: int, world: int, listener: socket.socket, scenario: str, ans
         )
     try:
         function: Callable[[Rank], Any] = getattr(scenarios, scenario)
-        outcome = {"value": function(Rank(rank, world, port, AbortFlag(), Progress()))}
+        outcome = {"value": function(Rank(rank, world, port, AbortFlag(), Progress(), way))}
     except BaseException:
         outcome = {"error": traceback.format_exc()}
     os.write(answer, json.dumps(outcome).encode())
@@ -82,7 +94,7 @@ def _answer(pid: int, fd: int, deadline: float) -> bytes:
     return b'{"error": "no answer in time"}'
 
 
-def run(scenario: str, world: int) -> dict[str, Any]:
+def run(scenario: str, world: int, way: str) -> dict[str, Any]:
     listener = socket.create_server(("127.0.0.1", 0))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     pids, answers = [], []
@@ -91,7 +103,7 @@ def run(scenario: str, world: int) -> dict[str, Any]:
         pid = os.fork()
         if pid == 0:
             os.close(read_end)
-            _run_rank(rank, world, listener, scenario, write_end)
+            _run_rank(rank, world, listener, scenario, way, write_end)
         os.close(write_end)
         pids.append(pid)
         answers.append(read_end)
@@ -114,7 +126,7 @@ def run(scenario: str, world: int) -> dict[str, Any]:
 def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(run(request["scenario"], request["world"])), flush=True)
+        print(json.dumps(run(request["scenario"], request["world"], request.get("way", "sockets"))), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drumline.protocol.errors import DrumlineError, ProtocolError
 from drumline.workers.abort import EpochAborted
-from drumline.workers.experts.exchange import GlooExchange
+from drumline.workers.layers.moe import ExpertExchange
 
 if TYPE_CHECKING:
     from tests.integration.workers.ranks import Rank
@@ -25,8 +25,8 @@ HIDDEN, INTERMEDIATE, TOP_K, SLOTS = 12, 6, 3, 8
 def _tokens(rank: int, count: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 + 10 * rank + count)
     hidden = torch.randn(count, HIDDEN, generator=generator)
-    slots = torch.stack([torch.randperm(SLOTS, generator=generator)[:TOP_K] for _ in range(count)] or [torch.empty(0)])
-    return hidden, slots.reshape(count, TOP_K).to(torch.int64)
+    slots = torch.rand(count, SLOTS, generator=generator).argsort(1)[:, :TOP_K]
+    return hidden, slots
 
 
 def _owner(slots: Tensor, world: int) -> Tensor:
@@ -38,7 +38,7 @@ def _expert(hidden: Tensor, slots: Tensor) -> Tensor:
     return torch.sin(hidden * (slots + 1).unsqueeze(1))
 
 
-def _layer(exchange: GlooExchange, rank: Rank, counts: list[int], dtype: torch.dtype) -> None:
+def _layer(exchange: ExpertExchange, rank: Rank, counts: list[int], dtype: torch.dtype) -> None:
     hidden, slots = _tokens(rank.rank, counts[rank.rank])
     hidden = hidden.to(dtype)
     all_hidden, all_slots = exchange.dispatch(hidden, slots, counts)
@@ -53,12 +53,22 @@ def _layer(exchange: GlooExchange, rank: Rank, counts: list[int], dtype: torch.d
 
 
 def exchange_many_shapes(rank: Rank) -> str:
-    exchange = GlooExchange(rank.form())
+    exchange = rank.exchange()
     world = rank.world
     only_last = [0] * world
     only_last[-1] = 5
     uneven = [3 * r for r in range(world)]
-    shapes = ([1] * world, uneven, only_last, [0] * world, uneven[::-1], [40] * world, only_last[::-1])
+    shapes = (
+        [1] * world,
+        uneven,
+        only_last,
+        [0] * world,
+        uneven[::-1],
+        [40] * world,
+        only_last[::-1],
+        [20000] * world,
+        [2] * world,
+    )
     for dtype in (torch.float32, torch.bfloat16):
         for counts in shapes:
             _layer(exchange, rank, counts, dtype)
@@ -83,14 +93,14 @@ def moe_layer_equals_local(rank: Rank) -> float:
 
     mine = (owner == rank.rank).nonzero().view(-1).tolist()
     split, whole = layer(mine[0], mine[-1] + 1), layer(0, SLOTS)
-    split.exchange = GlooExchange(rank.form())
+    split.exchange = rank.exchange()
     hidden, _ = _tokens(rank.rank, counts[rank.rank])
     found, expected = split(hidden, counts), whole(hidden, [len(hidden)])
     return float((found - expected).norm() / expected.norm()) if len(hidden) else 0.0
 
 
 def wrong_counts(rank: Rank) -> list[str]:
-    exchange = GlooExchange(rank.form())
+    exchange = rank.exchange()
     hidden, slots = _tokens(rank.rank, 2)
     refused = []
     for counts in ([2] * (rank.world + 1), [3] * rank.world):
@@ -104,8 +114,8 @@ def wrong_counts(rank: Rank) -> list[str]:
 
 def abort_while_peer_is_stopped(rank: Rank) -> dict[str, Any]:
     """Rank 1 stops itself; rank 0 is told to leave while it waits, and goes on by itself in a new group."""
-    group = rank.form()
-    exchange = GlooExchange(group)
+    exchange = rank.exchange()
+    group = rank.group
     _layer(exchange, rank, [2, 2], torch.float32)
     if rank.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -139,8 +149,8 @@ def abort_while_peer_is_stopped(rank: Rank) -> dict[str, Any]:
 
 def peer_dies(rank: Rank) -> dict[str, Any]:
     """The last rank is killed while the others wait for it; whoever sees it first closes its group."""
-    group = rank.form()
-    exchange = GlooExchange(group)
+    exchange = rank.exchange()
+    group = rank.group
     _layer(exchange, rank, [1] * rank.world, torch.float32)
     if rank.rank == rank.world - 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -177,7 +187,7 @@ def abandon_forming(rank: Rank) -> dict[str, Any]:
 
 def latency(rank: Rank) -> dict[str, float]:
     """Median microseconds of one layer's two exchanges, by tokens per replica. Printed, not asserted."""
-    exchange = GlooExchange(rank.form())
+    exchange = rank.exchange()
     figures = {}
     for tokens in (0, 1, 8, 64):
         hidden = torch.randn(tokens, 256)

@@ -1,8 +1,11 @@
 """One connection of the client library to a coordinator: its socket, its calls, and how it notices an end.
 
 Two tasks run while it is open. One reads: every message goes to the call that waits for it or to the inbox. One ticks:
-beats, acknowledges, probes a silent coordinator. The death of either, silence, or the engine's own failure ends the
+acknowledges, and probes a silent coordinator. The death of either, silence, or the engine's own failure ends the
 connection the same way: every call and every request gets a typed error and wakes up.
+
+No beat is sent. ZeroMQ's heartbeats, from a thread of their own, tell the coordinator that this process lives; a beat
+from this loop would stop whenever the app blocks its loop for a while, and its requests would be cancelled for that.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ from drumline.protocol.errors import EngineClosed, ErrorInfo, RequestFailed, fro
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
     Accepted,
-    BeatClient,
     Behind,
     CallRanksResult,
     Cancel,
@@ -49,10 +51,11 @@ _CAUSE_GRACE_S = 1.0
 
 
 class Timing(msgspec.Struct, frozen=True):
-    """Seconds. ``silence_s``: nothing heard for so long means that the coordinator is gone; it is probed from
-    ``probe_s`` on. ``start_silence_s``: the same before it is ready. ``answer_s``: how long a call waits."""
+    """Seconds. ``tick_s``: between looks at the clock. ``silence_s``: nothing heard for so long means that the
+    coordinator is gone; it is probed from ``probe_s`` on. ``start_silence_s``: the same before it is ready.
+    ``answer_s``: how long a call waits."""
 
-    beat_s: float = 1.0
+    tick_s: float = 1.0
     probe_s: float = 4.0
     silence_s: float = 15.0
     start_silence_s: float = 150.0
@@ -218,10 +221,10 @@ class Connection:
         silent = 0.0
         last = time.monotonic()
         while True:
-            await asyncio.sleep(self.timing.beat_s)
+            await asyncio.sleep(self.timing.tick_s)
             now = time.monotonic()
             # Time in which this loop itself did not run does not count against the coordinator.
-            silent += min(now - last, 2 * self.timing.beat_s)
+            silent += min(now - last, 2 * self.timing.tick_s)
             last = now
             if self._heard:
                 self._heard = False
@@ -231,18 +234,13 @@ class Connection:
                 self.fail(EngineClosed(f"nothing heard from the coordinator for {silent:.1f} s").info)
                 return
             self._flush()
-            self._post_beat(silent)
+            if not self._unsent:
+                self._post_all(self.inbox.acknowledge())
+                if silent >= self.timing.probe_s:
+                    self.post(StatusQuery(self.next_call_id()))
             for stream in self.inbox.overdue(now, self.timing.answer_s):
                 text = f"missing tokens did not come within {self.timing.answer_s:g} s of asking for them"
                 self.inbox.fail(stream.request_id, RequestFailed(text).info)
-
-    def _post_beat(self, silent: float) -> None:
-        if self._unsent:
-            return
-        self.post(BeatClient(self.client_id))
-        self._post_all(self.inbox.acknowledge())
-        if silent >= self.timing.probe_s:
-            self.post(StatusQuery(self.next_call_id()))
 
     def _supervised(self, work: Any, what: str) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work, name=f"drumline client: {what}")

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,17 @@ async def test_many_requests_side_by_side_each_get_their_own_text(engine: AsyncE
     together = await asyncio.gather(*(last(engine, prompt, max_tokens=6) for prompt in prompts))
     assert [out.token_ids for out in together[:3]] == alone
     assert [out.prompt for out in together] == prompts
+
+
+async def test_an_app_that_blocks_its_loop_loses_nothing(engine: AsyncEngine) -> None:
+    whole = await last(engine, max_tokens=100)
+    outs = []
+    async for out in engine.generate(PROMPT, SamplingParams(**{**GREEDY, "max_tokens": 100})):
+        if not outs:
+            time.sleep(1.5)  # noqa: ASYNC251
+        outs.append(out)
+    assert "".join(out.text_delta for out in outs) == whole.text
+    assert outs[-1].token_ids == whole.token_ids
 
 
 async def test_leaving_the_loop_frees_the_blocks(engine: AsyncEngine) -> None:

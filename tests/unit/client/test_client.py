@@ -1,6 +1,7 @@
 """AsyncEngine against a scripted coordinator behind a real socket."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from drumline.engine import client
 from drumline.engine.client import AsyncEngine
 from drumline.engine.config import EngineConfig
-from drumline.engine.connection import Timing
+from drumline.engine.connection import Connection, Timing
 from drumline.engine.errors import (
     DrumlineError,
     DuplicateRequest,
@@ -26,7 +27,6 @@ from drumline.engine.sampling_params import SamplingParams
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
     Ack,
-    BeatClient,
     Behind,
     CallRanks,
     CallRanksResult,
@@ -40,6 +40,7 @@ from drumline.protocol.messages import (
     Rejected,
     Resume,
     Resumed,
+    StatusQuery,
     Stop,
     StreamEnd,
     Submit,
@@ -439,11 +440,11 @@ async def test_a_lost_connection_ends_every_stream_with_the_cause_that_the_launc
 async def test_a_coordinator_that_falls_silent_ends_every_stream(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    quick = Timing(beat_s=0.02, probe_s=0.05, silence_s=0.3, answer_s=5.0)
+    quick = Timing(tick_s=0.02, probe_s=0.05, silence_s=0.3, answer_s=5.0)
     async with serving(monkeypatch, tmp_path, timing=quick) as (engine, fake):
         reader = await read(engine, "hi")
         await fake.accept()
-        assert (await fake.expect(BeatClient)).client_id
+        assert await fake.expect(StatusQuery)
         with pytest.raises(EngineClosed, match="nothing heard"):
             await within(reader)
 
@@ -559,8 +560,23 @@ async def test_a_failure_during_the_start_is_raised_by_start(monkeypatch: pytest
     assert fake.closed
 
 
-async def test_goodbye_is_said(served: Served) -> None:
-    engine, fake = served
-    closed = asyncio.create_task(engine.close())
-    assert (await fake.expect(Goodbye)).client_id
-    await within(closed)
+async def test_a_connection_that_closes_says_goodbye(tmp_path: Path) -> None:
+    fake = FakeCoordinator(f"ipc://{tmp_path}/client.sock")
+    connection = Connection(fake.endpoint, Timing(), lambda event: None)
+    assert (await fake.expect(HelloClient)).client_id == connection.client_id
+    closing = asyncio.create_task(connection.close())
+    assert (await fake.expect(Goodbye)).client_id == connection.client_id
+    await within(closing)
+    await fake.close()
+
+
+async def test_time_in_which_the_app_blocked_its_loop_does_not_count_against_the_coordinator(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    quick = Timing(tick_s=0.05, probe_s=10.0, silence_s=0.5, answer_s=5.0)
+    async with serving(monkeypatch, tmp_path, timing=quick) as (engine, fake):
+        reader = await read(engine, "hi")
+        submit, (handle,) = await fake.accept()
+        time.sleep(1.0)  # noqa: ASYNC251
+        fake.finish(submit, handle, 0)
+        assert (await within(reader))[-1].finished

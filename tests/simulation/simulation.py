@@ -62,6 +62,8 @@ class Simulation:
         self._running: set[int] = set()
         self._last_done: dict[int, StepDone] = {}
         self._epoch = 0
+        # Groups that the event at hand may have changed: all of them unless it says otherwise.
+        self._touched: set[int] = set()
         self._confirmed: Counter[tuple[int, int]] = Counter()
         self._calls = 1000
 
@@ -76,6 +78,7 @@ class Simulation:
         handled = 0
         while self._events:
             self.now, _, handle = heapq.heappop(self._events)
+            self._touched = set(range(len(self._groups)))
             handle()
             self._after_event()
             handled += 1
@@ -211,6 +214,7 @@ class Simulation:
         self._soon(self.scenario.step_time, partial(self._finish_step, group, epoch))
 
     def _finish_step(self, group: int, epoch: int) -> None:
+        self._touched.clear()  # what happens between workers is nothing to the core
         if epoch != self._epoch:
             return
         self._running.discard(group)
@@ -225,6 +229,7 @@ class Simulation:
         self._start(group)
 
     def _answer(self, replica: int, done: StepDone) -> None:
+        self._touched = {replica // self._per_group}
         if done.epoch != self._epoch:
             self._refused(replica, done, "stale")
             return
@@ -254,9 +259,12 @@ class Simulation:
     # ------------------------------------------------------------------------------------------------------- invariants
 
     def _after_event(self) -> None:
+        if not self._touched:
+            return
         steps = [group.steps for group in self._groups]
         self._plan()
-        for index, group in enumerate(self._groups):
+        for index in self._touched:
+            group = self._groups[index]
             if group.steps != steps[index] and not group.unfinished:
                 raise RuleBrokenError(f"group {index}: a step without work")
             check_blocks(group)

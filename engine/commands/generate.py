@@ -220,7 +220,7 @@ async def _run_file(
                 await engine.start()
             tally.generating()
             bar = files.enter_context(_bar(console))
-            task = bar.add_task("lines", total=total)
+            task = bar.add_task("lines", total=total, tokens=0)
 
             def on_line(records: list[dict[str, Any]]) -> None:
                 tally.count(records)

@@ -117,7 +117,7 @@ async def test_many_requests_side_by_side_each_get_their_own_text(engine: AsyncE
 
 async def test_an_app_that_blocks_its_loop_loses_nothing(engine: AsyncEngine) -> None:
     whole = await last(engine, max_tokens=100)
-    outs = []
+    outs: list[RequestOutput] = []
     async for out in engine.generate(PROMPT, SamplingParams(**{**GREEDY, "max_tokens": 100})):
         if not outs:
             time.sleep(1.5)  # noqa: ASYNC251

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -114,6 +116,41 @@ def test_a_batch_answers_every_line_and_says_what_was_wrong_with_the_bad_ones(te
     assert "300" in errors[16]["text"]
     assert "256" in errors[16]["text"]
     assert "11 of 16 lines finished, 5 failed" in done.stderr
+
+
+def test_a_terminal_sees_a_progress_bar_and_ctrl_c_at_it_ends_the_batch(temporary: Path, tmp_path: Path) -> None:
+    prompts, results, screen = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl", tmp_path / "screen"
+    prompts.write_text((json.dumps({"prompt": PROMPT, "max_tokens": 20}) + "\n") * 500)
+    command = [*COMMAND, "--input-file", str(prompts), "--output-file", str(results), "--ignore-eos", *SMALL]
+    terminal, inside = pty.openpty()
+    with (
+        screen.open("wb") as seen,
+        subprocess.Popen(
+            ["setsid", "--ctty", *command], env=environment(temporary), stdin=inside, stdout=inside, stderr=inside
+        ) as process,
+    ):
+        os.close(inside)
+        deadline = time.monotonic() + 60
+        while len(lines_of(results)) < 3 and time.monotonic() < deadline and process.poll() is None:
+            seen.write(_screen(terminal))
+        os.write(terminal, b"\x03")
+        while process.poll() is None and time.monotonic() < deadline:
+            seen.write(_screen(terminal))
+    os.close(terminal)
+    text = screen.read_text(errors="replace")
+    assert process.returncode == 130, text
+    assert "/500" in text
+    assert "tokens" in text
+    assert "Traceback" not in text
+
+
+def _screen(terminal: int) -> bytes:
+    """What the terminal shows, waiting for a moment at most."""
+    ready, _, _ = select.select([terminal], [], [], 0.1)
+    try:
+        return os.read(terminal, 65536) if ready else b""
+    except OSError:  # the other end is closed
+        return b""
 
 
 def test_an_interrupted_batch_keeps_its_finished_lines(temporary: Path, tmp_path: Path) -> None:

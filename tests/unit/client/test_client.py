@@ -444,7 +444,7 @@ async def test_a_coordinator_that_falls_silent_ends_every_stream(
     async with serving(monkeypatch, tmp_path, timing=quick) as (engine, fake):
         reader = await read(engine, "hi")
         await fake.accept()
-        assert await fake.expect(StatusQuery)
+        assert (await fake.expect(StatusQuery)).call_id
         with pytest.raises(EngineClosed, match="nothing heard"):
             await within(reader)
 

@@ -74,14 +74,23 @@ class _Expected(msgspec.Struct, frozen=True, gc=False):
 class Codec(Generic[T]):
     """Encodes and decodes the messages of one union, ``union`` being e.g. ``messages.ToWorker``.
 
-    Made once and kept: building the decoder walks every type. Safe to use from several threads.
+    Made once and kept: building the decoder walks every type. Safe to use from several threads. ``max_head_bytes``
+    limits the first frame alone (default: as the others). Objects decoded from it can take some dozen times its bytes,
+    arrays in frames of their own take nothing more, so a side that strangers write to does well to set it low.
     """
 
-    def __init__(self, union: Any, max_frames: int = MAX_FRAMES, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
-        if max_frames < 1 or max_frame_bytes < 1:
-            raise ValueError(f"max_frames {max_frames} and max_frame_bytes {max_frame_bytes} must be at least 1")
+    def __init__(
+        self,
+        union: Any,
+        max_frames: int = MAX_FRAMES,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+        max_head_bytes: int | None = None,
+    ) -> None:
         self.max_frames = max_frames
         self.max_frame_bytes = max_frame_bytes
+        self.max_head_bytes = max_frame_bytes if max_head_bytes is None else max_head_bytes
+        if min(max_frames, max_frame_bytes, self.max_head_bytes) < 1:
+            raise ValueError(f"limits must be at least 1: {max_frames}, {max_frame_bytes}, {self.max_head_bytes}")
         self._encoder = msgspec.msgpack.Encoder(enc_hook=self._encode_array)
         self._decoder = msgspec.msgpack.Decoder(union, dec_hook=self._decode_array)
         # Frames beside the first, by thread, of the call that runs there. Empty for nearly every message.
@@ -102,25 +111,32 @@ class Codec(Generic[T]):
         frames: list[Frame] = [head]
         if self._outgoing:
             frames += self._outgoing.pop(get_ident(), ())
-        for frame in frames:
-            if len(frame) > self.max_frame_bytes:
-                found = f"a frame of {len(frame)} bytes in {type(message).__name__}"
-                raise ProtocolError(f"{found}; the limit is {self.max_frame_bytes}")
+        over = self._oversized(frames)
+        if over is not None:
+            raise ProtocolError(f"{type(message).__name__} makes {over}")
         return frames
 
     def decode(self, frames: Sequence[Frame]) -> T:
         """The message in ``frames``; arrays are read-only and may share their memory. Raises DecodeError only."""
         if not 1 <= len(frames) <= self.max_frames:
             raise DecodeError("frames", f"{len(frames)} frames; 1 to {self.max_frames} are allowed")
-        for frame in frames:
-            if len(frame) > self.max_frame_bytes:
-                raise DecodeError("oversized", f"a frame of {len(frame)} bytes; the limit is {self.max_frame_bytes}")
+        over = self._oversized(frames)
+        if over is not None:
+            raise DecodeError("oversized", over)
         try:
             if len(frames) == 1:
                 return cast(T, self._decoder.decode(frames[0]))
             return self._decode_with_frames(frames)
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
             raise DecodeError("malformed", f"a frame that does not decode: {error}") from error
+
+    def _oversized(self, frames: Sequence[Frame]) -> str | None:
+        limit = self.max_head_bytes
+        for frame in frames:
+            if len(frame) > limit:
+                return f"a frame of {len(frame)} bytes; the limit is {limit}"
+            limit = self.max_frame_bytes
+        return None
 
     def _decode_with_frames(self, frames: Sequence[Frame]) -> T:
         thread = get_ident()

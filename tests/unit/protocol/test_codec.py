@@ -201,10 +201,22 @@ def test_frames_over_the_limit_are_refused_on_both_sides() -> None:
     small: Codec[Any] = Codec(m.FromWorker, max_frame_bytes=2400)
     fits, too_long = done(np.zeros(600, dtype=np.int32)), done(np.zeros(601, dtype=np.int32))
     assert len(small.encode(fits)) == 2
-    with pytest.raises(ProtocolError, match="2404 bytes in StepDone; the limit is 2400"):
+    with pytest.raises(ProtocolError, match="StepDone makes a frame of 2404 bytes; the limit is 2400"):
         small.encode(too_long)
     with pytest.raises(DecodeError, match="2404 bytes") as caught:
         small.decode(CODEC.encode(too_long))
+    assert caught.value.reason == "oversized"
+
+
+def test_the_first_frame_has_a_limit_of_its_own() -> None:
+    strict: Codec[Any] = Codec(m.FromWorker, max_head_bytes=100)
+    large = done(np.zeros(600, dtype=np.int32))
+    assert plain(strict.decode(strict.encode(large))) == plain(large)
+    inline = done(np.zeros(50, dtype=np.int32))
+    with pytest.raises(ProtocolError, match="the limit is 100"):
+        strict.encode(inline)
+    with pytest.raises(DecodeError, match="the limit is 100") as caught:
+        strict.decode(CODEC.encode(inline))
     assert caught.value.reason == "oversized"
 
 
@@ -214,6 +226,8 @@ def test_limits_must_be_positive(value: int) -> None:
         Codec(m.ToWorker, max_frames=value)
     with pytest.raises(ValueError, match="at least 1"):
         Codec(m.ToWorker, max_frame_bytes=value)
+    with pytest.raises(ValueError, match="at least 1"):
+        Codec(m.ToWorker, max_head_bytes=value)
 
 
 @pytest.mark.parametrize(

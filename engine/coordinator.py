@@ -12,6 +12,7 @@ import contextlib
 import enum
 import logging
 import os
+import secrets
 import signal
 import sys
 import traceback
@@ -279,7 +280,8 @@ class Coordinator:
         if not self.workers.membership.all_ready or self._core is not None:
             return
         blocks = [self._blocks[rank] for rank in sorted(self._blocks)]
-        core = EngineCore(self.resolved.core, blocks, self.order.term, self.resolved.config.seed)
+        config = self.resolved.config
+        core = EngineCore(self.resolved.core, blocks, self.order.term, config.seed, hash_key=secrets.randbits(128))
         for one in self.workers.membership.groups:
             core.open_epoch(one.id, one.epoch)
         self._core = core

@@ -20,16 +20,19 @@ class EngineCore:
     """Requests of all connections over all replicas.
 
     ``num_blocks``: KV blocks of each replica. ``seed`` is where the seeds of requests without one come from.
+    ``hash_key`` seeds the hashes of the prefix cache: a shell that serves others draws one that nobody can guess.
     Call :meth:`plan` until it returns nothing after every :meth:`apply` and every :meth:`submit`, send what it returns,
     then call :meth:`maintain`. Raises :class:`InvalidConfig` unless every replica has blocks.
     """
 
-    def __init__(self, config: CoreConfig, num_blocks: Ordered[int], term: int, seed: int) -> None:
+    def __init__(self, config: CoreConfig, num_blocks: Ordered[int], term: int, seed: int, hash_key: int = 0) -> None:
         if len(num_blocks) != config.data_parallel_size or min(num_blocks, default=0) < 1:
             raise InvalidConfig("num_blocks", list(num_blocks), f"{config.data_parallel_size} counts of 1 or more")
         self.config = config
         self.term = term
-        hasher = PrefixHasher(config.block_size, config.max_model_len) if config.enable_prefix_caching else None
+        hasher: PrefixHasher | None = None
+        if config.enable_prefix_caching:
+            hasher = PrefixHasher(config.block_size, config.max_model_len, np.random.default_rng(hash_key))
         together = config.data_parallel_size if config.lockstep else 1
         self._per_group = together
         self._groups = [

@@ -25,8 +25,8 @@ LANES = 4
 class PrefixHasher:
     """Hash states (uint64, 4 lanes) of prefixes that are whole blocks, and what makes keys of them."""
 
-    def __init__(self, block_size: int, max_tokens: int, entropy: np.random.Generator | None = None) -> None:
-        self._random = entropy if entropy is not None else np.random.default_rng()
+    def __init__(self, block_size: int, max_tokens: int, entropy: np.random.Generator) -> None:
+        self._random = entropy
         self.block_size = block_size
         self._weights = self._draw((-(-max_tokens // block_size), LANES, block_size))
 

@@ -63,9 +63,11 @@ def test_states_of_many_rows_can_be_extended_block_by_block(hasher: PrefixHasher
     assert np.array_equal(states[2] + sums[1], states[3])
 
 
-def test_every_process_hashes_with_weights_of_its_own() -> None:
+def test_another_key_makes_other_hashes() -> None:
     tokens = np.arange(8, dtype=np.int32)
-    assert not np.array_equal(PrefixHasher(SIZE, 8).states(tokens), PrefixHasher(SIZE, 8).states(tokens))
+    one, other, again = (PrefixHasher(SIZE, 8, np.random.default_rng(key)).states(tokens) for key in (1, 2, 1))
+    assert not np.array_equal(one, other)
+    assert np.array_equal(one, again)
 
 
 def test_the_longest_cached_prefix_of_whole_blocks_is_found(hasher: PrefixHasher) -> None:

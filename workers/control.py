@@ -134,8 +134,10 @@ class Control:
                 self._turn()
             self._leave(self._exit_code)
         except EngineClosed as error:
-            log.error("the coordinator is gone: %s", error.text)
-            os._exit(EXIT_OWNER_GONE)
+            if self._exit_code is None and self._exit_at is None:
+                log.error("the coordinator is gone: %s", error.text)
+                os._exit(EXIT_OWNER_GONE)
+            os._exit(self._exit_code or 0)  # it said Shutdown, or was told of the end, and closed at once
         except BaseException:
             # Nobody would hear of a control thread that dies in silence, and nobody could reach the main one.
             log.critical("the control thread failed\n%s", traceback.format_exc())

@@ -193,10 +193,11 @@ class GroupCoordinator:
         end = time.monotonic() + SLICE_S
         while time.monotonic() < end:
             if work.is_completed():
-                failure = work.exception() if not work.is_success() else None
-                if failure is None:
+                try:
                     work.wait()
-                return None if failure is None else str(failure)
+                except RuntimeError as error:
+                    return str(error)
+                return None
             time.sleep(_NCCL_POLL_S)
         return ""
 

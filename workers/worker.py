@@ -79,6 +79,7 @@ class Worker:
     def run(self) -> int:
         """Returns the exit code: 0 after Shutdown, 1 when the model could not be loaded."""
         while True:
+            self._progress.stale = self._fence.stale
             message = self._control.inbox.get()
             if isinstance(message, Shutdown):
                 self._leave_epoch()
@@ -93,7 +94,6 @@ class Worker:
                 self._tell_fault(error, message)
                 if fatal and isinstance(message, Configure | WelcomeWorker):
                     return EXIT_LOAD_FAILED
-                del message  # its traceback may hold what only the burying thread may drop
 
     # -------------------------------------------------------------------------------------------------------- epochs
 
@@ -207,9 +207,7 @@ class Worker:
     # --------------------------------------------------------------------------------------------------------- steps
 
     def _step(self, step: Step) -> None:
-        admitted = self._fence.admit(step)
-        self._progress.stale = self._fence.stale
-        if not admitted:
+        if not self._fence.admit(step):
             return
         counts = step.num_tokens_across_dp
         mine = int(counts[self._replica]) if self._replica < len(counts) else 0

@@ -159,6 +159,10 @@ class CoordinatorEnd:
                 if isinstance(fault, Fault) and not issubclass(Fault, kind):
                     raise AssertionError(f"{kind.__name__} expected, found a fault:\n{fault.error.traceback}")
 
+    def holds(self, kind: type[Message]) -> bool:
+        """Whether a message of that kind has come and nobody has expected it yet."""
+        return any(isinstance(message, kind) for _, message in self._kept)
+
     async def expect_beats(self, count: int, timeout_s: float = DEADLINE_S) -> None:
         """That many more beats."""
         wanted = len(self.beats) + count

@@ -144,17 +144,16 @@ async def test_ping_is_answered_within_100_ms_while_a_step_runs(
         pass
     waits: list[float] = []
     began = time.perf_counter()
-    for call_id in range(15):
+    while not coordinator.holds(StepDone):
         start = time.perf_counter()
-        value = await _ping(coordinator, call_id)
+        value = await _ping(coordinator)
         waits.append(time.perf_counter() - start)
         assert (value["pid"], value["epoch"], value["step"]) == (pid, 1, 0)
-    answered = time.perf_counter() - began
-    done = await coordinator.expect(StepDone, 0)
     took = time.perf_counter() - began
-    print(f"15 pings, at most {1e3 * max(waits):.1f} ms, in {answered:.3f} s of a step of {took:.3f} s")
+    done = await coordinator.expect(StepDone, 0)
+    print(f"{len(waits)} pings while a step of {took:.2f} s ran: at most {1e3 * max(waits):.1f} ms")
     assert len(done.tokens) == rows
-    assert answered < took
+    assert took > 0.2
     assert max(waits) < 0.1
     await _stop(forkserver, coordinator, [pid])
 

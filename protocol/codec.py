@@ -75,8 +75,8 @@ class Codec(Generic[T]):
     """Encodes and decodes the messages of one union, ``union`` being e.g. ``messages.ToWorker``.
 
     Made once and kept: building the decoder walks every type. Safe to use from several threads. ``max_head_bytes``
-    limits the first frame alone (default: as the others). Objects decoded from it can take some dozen times its bytes,
-    arrays in frames of their own take nothing more, so a side that strangers write to does well to set it low.
+    limits the first frame alone (default: as the others). Objects decoded from it can take up to some 70 times its
+    bytes, arrays in frames of their own take nothing more, so a side that strangers write to does well to set it low.
     """
 
     def __init__(

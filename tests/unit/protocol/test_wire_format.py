@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import typing
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,7 +13,7 @@ import pytest
 from drumline.protocol import messages as m
 from drumline.protocol.codec import Codec, DecodeError
 
-from .samples import ALL_MESSAGES, ANY_MESSAGE, SAMPLES, UNIONS, plain, read_golden
+from .samples import ALL_MESSAGES, ANY_MESSAGE, SAMPLES, UNIONS, i32, plain, read_golden
 
 CODEC: Codec[Any] = Codec(ANY_MESSAGE)
 BY_NAME = {type(sample).__name__: sample for sample in SAMPLES}
@@ -106,3 +108,17 @@ def test_a_message_of_another_direction_is_not_taken() -> None:
 
 def test_the_protocol_version_is_pinned() -> None:
     assert m.PROTOCOL_VERSION == 1
+
+
+def test_the_documented_table_of_tags_is_the_real_one() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "wire-format.md").read_text()
+    documented = dict(re.findall(r"^\| (\d+) \| ([A-Z]\w+) \|", page, re.MULTILINE))
+    assert documented == {str(cls.__struct_config__.tag): cls.__name__ for cls in ALL_MESSAGES}
+
+
+def test_the_documented_example_is_what_is_sent() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "wire-format.md").read_text()
+    block = page.split("```")[1]
+    documented = "".join(re.sub(r"\s", "", line[:46]) for line in block.splitlines())
+    message = m.StepDone(2, 3, 1, 1000, i32(11, -1, 13), i32())
+    assert bytes(CODEC.encode(message)[0]).hex() == documented

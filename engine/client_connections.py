@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 from drumline.engine.core.outputs import ConnectionOutput
-from drumline.protocol.messages import Behind, Cancelled, Finished, Resumed, ToClient, Tokens
+from drumline.protocol.messages import Behind, Cancelled, Finished, Resumed, StatusReport, ToClient, Tokens
 from drumline.protocol.sockets import SendResult
 
 WINDOW = 64
@@ -144,6 +144,10 @@ class Connections:
     def broadcast(self, message: ToClient) -> None:
         for connection in self:
             self.reply(connection, message)
+
+    def probe(self) -> None:
+        """Send every client an answer to no question, which it drops: what finds out who is gone."""
+        self.broadcast(StatusReport(0, b""))
 
     def flush(self) -> None:
         """Send what waits, as far as there is room."""

@@ -77,6 +77,7 @@ class ClientPort:
         self.connections = Connections(self._send)
         self.unknown_peers = 0
         self.refused_hellos = 0
+        self._disconnected = 0
 
     def _send(self, identity: bytes, message: ToClient) -> SendResult:
         return self.router.send(identity, message)
@@ -169,6 +170,11 @@ class ClientPort:
     def tick(self, now: float) -> None:
         """Clients that fell silent or went away, and replies that wait for room."""
         self.connections.flush()
+        disconnected = self.router.statistics().disconnected
+        if disconnected != self._disconnected:
+            # Somebody's connection ended, and the socket does not say whose; a send does.
+            self._disconnected = disconnected
+            self.connections.probe()
         for connection in [*self.connections.silent(now), *self.connections.take_gone()]:
             self._engine.client_left(connection, now)
 

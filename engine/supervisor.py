@@ -96,7 +96,7 @@ class Supervisor:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 if self._dealer is not None:
                     self._dealer.close()
-                self._context.destroy(linger=0)
+                self._context.term()
                 remove_runtime_dir(self._order.runtime_dir)
         self._tell(Report("stopped") if self._error is None else Report("failed", os.getpid(), self._error))
         return 0 if self._error is None else 1

@@ -161,7 +161,8 @@ class RawClient:
 
     async def status(self) -> EngineStatus:
         self.dealer.send(StatusQuery(77))
-        report = await self.read(StatusReport)
+        while (report := await self.read(StatusReport)).call_id != 77:
+            pass
         return msgspec.json.decode(report.status, type=EngineStatus)
 
     async def status_when(self, condition: Callable[[EngineStatus], bool]) -> EngineStatus:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +16,7 @@ COMMANDS = pack({"spawn": [3, "ipc:///e", "token"]}) + pack({"kill": [77, 9]})
 def test_commands_come_whole_however_the_stream_is_cut(cuts: list[int]) -> None:
     reader = CommandReader()
     edges = [0, *sorted(cuts), len(COMMANDS)]
-    found = [
-        command for first, end in zip(edges, edges[1:], strict=False) for command in reader.feed(COMMANDS[first:end])
-    ]
+    found = [command for first, end in pairwise(edges) for command in reader.feed(COMMANDS[first:end])]
     assert found == [Command(spawn=(3, "ipc:///e", "token")), Command(kill=(77, 9))]
 
 

@@ -137,7 +137,6 @@ class BatchTable:
         self.min_tokens[row] = request.sampling.min_tokens
         self.num_blocks[row] = len(cached)
         self.blocks[row, : len(cached)] = cached
-        self.tail[row] = sequence.tokens[-1]
         self.stream[row] = sequence.stream
         self.connection[row] = request.connection
         self.priority[row] = request.priority

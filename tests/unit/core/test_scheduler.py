@@ -123,6 +123,20 @@ def test_a_preempted_row_whose_token_in_flight_ends_it_is_not_admitted_again() -
     assert driver.core.replica_status()[0].waiting == 0
 
 
+def test_rows_whose_last_token_is_in_flight_give_up_their_blocks_before_anyone_is_preempted() -> None:
+    driver = Driver(num_blocks=[4], async_scheduling=True, enable_prefix_caching=False)
+    driver.accept("ends", 7, max_tokens=2)
+    driver.accept("goes on", 7, max_tokens=9)
+    driver.plan()
+    driver.plan()
+    driver.answer([11, 21])
+    step = driver.plan()[0]
+    assert (step.evicted.tolist(), len(appended(step))) == ([0], 1)
+    assert driver.core.counters()["preemptions"] == 0
+    outputs = driver.answer([12, 22])
+    assert (tokens_of(outputs), ends_of(outputs)) == ([(1, 1, 12), (2, 1, 22)], [("ends", 0, "length", -1, 2)])
+
+
 def test_a_sequence_is_let_in_only_if_the_whole_of_its_text_fits_the_free_blocks() -> None:
     driver = Driver(num_blocks=[6], max_num_batched_tokens=4)
     driver.accept("a", 4, max_tokens=3)

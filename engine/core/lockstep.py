@@ -9,11 +9,12 @@ import numpy as np
 from drumline.engine.core.batch_table import DETACHED, LEFT, BatchTable
 from drumline.engine.core.block_pool import I32, I64, BlockPool
 from drumline.engine.core.config import CoreConfig
+from drumline.engine.core.plan import Plan
 from drumline.engine.core.prefix_cache import PrefixCache, PrefixHasher
 from drumline.engine.core.request import Place, Sequence
 from drumline.engine.core.residence import Residence
 from drumline.engine.core.results import Emission, Ending, InFlight, settle
-from drumline.engine.core.scheduler import Plan, Scheduler
+from drumline.engine.core.scheduler import Scheduler
 from drumline.engine.core.wave import Wave
 from drumline.protocol.errors import ErrorInfo, ProtocolError
 from drumline.protocol.messages import Admit, Step, StepDone

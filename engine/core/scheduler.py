@@ -7,49 +7,15 @@ is preempted by recompute.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
 from drumline.engine.core.batch_table import DECODE, DRAIN, PREFILL
-from drumline.engine.core.block_pool import I32, I64
+from drumline.engine.core.block_pool import I64
 from drumline.engine.core.config import CoreConfig
+from drumline.engine.core.plan import NO_BLOCKS, Admission, Chunk, Plan
 from drumline.engine.core.request import Place, Sequence
 from drumline.engine.core.residence import Residence
 from drumline.engine.core.waiting import WaitingQueue
-
-_NO_BLOCKS = np.zeros(0, dtype=np.int64)
-
-
-@dataclass(slots=True)
-class Chunk:
-    """``count`` tokens of a sequence in prefill, and the blocks that it gets for them."""
-
-    sequence: Sequence
-    count: int
-    blocks: I64
-
-
-@dataclass(slots=True)
-class Admission(Chunk):
-    """A sequence that enters a row. ``cached`` blocks come before ``blocks``."""
-
-    cached: I64 = field(default_factory=lambda: _NO_BLOCKS)
-
-
-@dataclass(slots=True)
-class Plan:
-    """One step of the group. ``tokens``: int32 (replicas,). ``decoding`` rows ascend, ``bounds`` (replicas + 1,) says
-    where each replica's begin; the i-th of ``grown`` rows gets ``blocks[i]``, and ``grown_bounds`` splits those."""
-
-    tokens: I32
-    decoding: I64
-    bounds: I64
-    grown: I64
-    grown_bounds: I64
-    blocks: I64
-    chunks: dict[int, list[Chunk]] = field(default_factory=dict)
-    admissions: dict[int, list[Admission]] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -89,7 +55,7 @@ class Scheduler:
         """
         preempted, grown, grown_bounds = self._make_room()
         decoding, bounds = self._table.decoding()
-        blocks = _NO_BLOCKS
+        blocks = NO_BLOCKS
         if len(grown):
             blocks = self._pool.allocate_each(grown // self._table.rows_per_replica, _counts(grown_bounds))
         tokens = _counts(bounds).astype(np.int32)
@@ -214,7 +180,7 @@ class Scheduler:
         """At least the last token is always computed, since its logits are needed."""
         cache = self._residence.cache
         if cache is None:
-            return _NO_BLOCKS
+            return NO_BLOCKS
         tokens = sequence.tokens
         states = sequence.request.prefix
         if states is None or len(tokens) > len(sequence.request.prompt):

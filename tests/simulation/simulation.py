@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 
 from drumline.engine.core.engine_core import EngineCore
-from drumline.engine.core.wave import WaveState
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import ProtocolError
 from drumline.protocol.messages import (
@@ -29,6 +28,7 @@ from drumline.protocol.messages import (
 from tests.simulation.clients import Client, Clients, Stream
 from tests.simulation.invariants import check_at_rest, check_blocks, check_prefix_cache, check_rows, groups_of
 from tests.simulation.scenario import CONNECTIONS, Plan, Scenario
+from tests.simulation.step_rules import StepRules
 from tests.simulation.worker import RuleBrokenError, SimWorker
 
 MAX_EVENTS = 20_000
@@ -56,8 +56,7 @@ class Simulation:
         self.clients = Clients(self.config)
         self._groups = groups_of(self.core)
         self._per_group = self._groups[0].replicas
-        self._next_wave = [0] * len(self._groups)
-        self._stepped = [False] * len(self._groups)
+        self._rules = StepRules(self.core, self.config)
         self._workers: list[SimWorker] = []
         self._inbox: list[deque[Step]] = [deque() for _ in scenario.num_blocks]
         self._answered: list[float] = [0.0] * len(scenario.num_blocks)
@@ -100,7 +99,7 @@ class Simulation:
     # ---------------------------------------------------------------------------------------------------------- clients
 
     def _submit(self, plan: Plan) -> None:
-        self._note_finished_waves()
+        self._rules.note_finished_waves()
         answer = self.core.submit(plan.connection, plan.submit, self.now)
         if isinstance(answer, Rejected):
             self.seen["rejected_" + (answer.error.field or answer.error.kind)] += 1
@@ -176,7 +175,9 @@ class Simulation:
 
     def _plan(self) -> None:
         while planned := self.core.plan(self.now):
-            self._check_plan(planned)
+            self._rules.check(planned)
+            self.seen["steps"] += 1
+            self.seen["dummy_steps"] += planned[0][1].num_tokens_across_dp.tolist().count(0)
             for replica, step in planned:
                 message = step
                 if self.scenario.through_codec:
@@ -185,35 +186,6 @@ class Simulation:
             self._start(planned[0][0] // self._per_group)
         if self._random.random() < 0.9:
             self.core.maintain(self.now)
-
-    def _note_finished_waves(self) -> None:
-        """A group that has computed something and has nothing unfinished will compute in its next wave."""
-        self.core.group_status()  # books the answers that have come
-        for index, group in enumerate(self._groups):
-            if self._stepped[index] and group.unfinished == 0:
-                self._stepped[index] = False
-                self._next_wave[index] += 1
-
-    def _check_plan(self, planned: list[tuple[int, Step]]) -> None:
-        group = planned[0][0] // self._per_group
-        first = planned[0][1]
-        wanted = list(range(group * self._per_group, (group + 1) * self._per_group))
-        if [replica for replica, _ in planned] != wanted:
-            raise RuleBrokenError(f"step {first.step} goes to {[replica for replica, _ in planned]}, not to {wanted}")
-        for _, step in planned:
-            if (step.step, step.epoch, step.wave) != (first.step, first.epoch, first.wave):
-                raise RuleBrokenError(f"replicas of one group get different steps: {first} and {step}")
-            if step.num_tokens_across_dp.tolist() != first.num_tokens_across_dp.tolist():
-                raise RuleBrokenError("replicas are told different token counts")
-        if not first.num_tokens_across_dp.any():
-            raise RuleBrokenError(f"step {first.step} computes nothing anywhere")
-        if len(self._groups[group].in_flight) > (2 if self.config.async_scheduling else 1):
-            raise RuleBrokenError(f"{len(self._groups[group].in_flight)} steps in flight")
-        if first.wave != self._next_wave[group] or self._groups[group].wave.state is not WaveState.RUNNING:
-            raise RuleBrokenError(f"a step of wave {first.wave}, expected one of {self._next_wave[group]}")
-        self._stepped[group] = True
-        self.seen["steps"] += 1
-        self.seen["dummy_steps"] += sum(1 for count in first.num_tokens_across_dp.tolist() if count == 0)
 
     def _start(self, group: int) -> None:
         """A step begins when every replica of the group has it and none runs another: their collectives meet."""
@@ -282,7 +254,7 @@ class Simulation:
             check_rows(group)
             if self._random.random() < 0.1:
                 check_prefix_cache(group)
-        self._note_finished_waves()
+        self._rules.note_finished_waves()
         for output in self.core.outputs():
             for client, stream in self.clients.read(output):
                 wanted = client.plan.stop_after

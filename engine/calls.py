@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import Call, CallRanks, CallRanksResult, CallResult, RankAnswer
 
-MAX_OPEN = 1024
+MAX_UNANSWERED = 8
+"""Calls that a rank may owe answers to, given up ones included: what waits in a rank waits beside its steps."""
 MAX_TIMEOUT_S = 3600.0
 MAX_METHOD_CHARACTERS = 100
 
@@ -39,6 +40,7 @@ class RankCalls:
         self._term = term
         self._next_id = 1
         self._by_id: dict[int, OpenCall] = {}
+        self._unanswered: dict[int, int] = {}
         self.late_replies = 0
 
     @property
@@ -53,8 +55,10 @@ class RankCalls:
             return _refusal("method", message.method[:200], f"a name of 1 to {MAX_METHOD_CHARACTERS} characters")
         if not 0.0 < message.timeout_s <= MAX_TIMEOUT_S:
             return _refusal("timeout_s", repr(message.timeout_s), f"above 0, at most {MAX_TIMEOUT_S:g}")
-        if len(self._by_id) >= MAX_OPEN:
-            return ErrorInfo(kind="queue_full", text=f"{len(self._by_id)} calls to ranks are open", retryable=True)
+        for rank in epochs:
+            if self._unanswered.get(rank, 0) >= MAX_UNANSWERED:
+                text = f"rank {rank} has {MAX_UNANSWERED} calls to answer, the most it may have"
+                return ErrorInfo(kind="queue_full", text=text, retryable=True, rank=rank)
         call = OpenCall(connection, message.call_id, message.method, now + message.timeout_s, message.timeout_s)
         sends: list[tuple[int, Call]] = []
         for rank, epoch in epochs.items():
@@ -62,11 +66,13 @@ class RankCalls:
             self._next_id += 1
             call.waiting[call_id] = rank
             self._by_id[call_id] = call
+            self._unanswered[rank] = self._unanswered.get(rank, 0) + 1
             sends.append((rank, Call(self._term, epoch, call_id, message.method, message.args)))
         return call, sends
 
     def answer(self, message: CallResult) -> OpenCall | None:
         """A rank answered. Returns the call if that completes it."""
+        self._unanswered[message.rank] = max(self._unanswered.get(message.rank, 0) - 1, 0)
         call = self._by_id.get(message.call_id)
         if call is None or call.waiting.get(message.call_id) != message.rank:
             self.late_replies += 1
@@ -75,7 +81,8 @@ class RankCalls:
         return self._settle(call, message.call_id, answer)
 
     def unreachable(self, rank: int, text: str) -> list[OpenCall]:
-        """``rank`` will not answer. Returns the calls that this completes."""
+        """``rank`` will not answer to anything. Returns the calls that this completes."""
+        self._unanswered.pop(rank, None)
         lost = [(call_id, call) for call_id, call in self._by_id.items() if call.waiting.get(call_id) == rank]
         error = ErrorInfo(kind="request_failed", text=text, rank=rank)
         done = [self._settle(call, call_id, RankAnswer(rank, False, b"", error)) for call_id, call in lost]

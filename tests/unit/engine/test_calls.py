@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from drumline.engine.calls import MAX_OPEN, OpenCall, RankCalls
+from drumline.engine.calls import MAX_UNANSWERED, OpenCall, RankCalls
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import Call, CallRanks, CallRanksResult, CallResult, RankAnswer
 
@@ -84,8 +84,12 @@ def test_calls_are_bounded_and_checked() -> None:
         refused = calls.open(1, bad, {0: 1}, 0.0)
         assert isinstance(refused, ErrorInfo)
         assert refused.kind == "invalid_request"
-    for _ in range(MAX_OPEN):
-        opened(calls, ranks=1)
+    for _ in range(MAX_UNANSWERED):
+        _, (last,) = opened(calls, ranks=1)
+    # Giving up does not free a place: the rank still has to answer.
+    calls.expire(100.0)
     full = calls.open(1, CallRanks(1, "ping", b"", 5.0), {0: 1}, 0.0)
     assert isinstance(full, ErrorInfo)
-    assert full.kind == "queue_full"
+    assert (full.kind, full.rank) == ("queue_full", 0)
+    calls.answer(reply(last, 0))
+    opened(calls, ranks=1)

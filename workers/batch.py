@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from drumline.protocol.errors import ProtocolError
-from drumline.protocol.messages import Admit, SamplingSpec, Step
+from drumline.protocol.messages import Admit, Step
 from drumline.workers.sampler import SamplingRows, TokenHistory
+from drumline.workers.sampling_columns import SamplingColumns
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -96,22 +97,16 @@ class BatchTable:
 
     # ------------------------------------------------------------------------------------------------ applying a step
 
-    def apply(self, step: Step) -> tuple[StepRows, list[tuple[Array, Array]]]:
+    def apply(self, step: Step) -> StepRows:
         """Apply what the step changes and say what it computes.
 
-        Beside the plan come, for each row that was admitted with cached tokens, their slots (int64) and ids (int32).
         Raises ProtocolError, naming the row, when the step does not fit the table.
         """
         self._evict(step.evicted)
         for admit in step.admitted:
             self._admit(admit)
         self._append(step.append_rows, step.append_blocks)
-        return self._plan(step), [self._cached(admit) for admit in step.admitted if admit.num_cached]
-
-    def _cached(self, admit: Admit) -> tuple[Array, Array]:
-        places = np.arange(admit.num_cached)
-        slots = self.block_table[admit.row, places // self.block_size] * self.block_size + places % self.block_size
-        return slots, admit.tokens[: admit.num_cached].copy()  # arrays off the wire are read-only
+        return self._plan(step)
 
     def _evict(self, rows: Array) -> None:
         if not len(rows):
@@ -285,48 +280,3 @@ class BatchTable:
     def on_device(self, values: Array) -> Tensor:
         """An int64 or float array as a tensor on the device."""
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
-
-
-class SamplingColumns:
-    """Sampling parameters by row."""
-
-    def __init__(self, rows: int) -> None:
-        self.seed = np.zeros(rows, dtype=np.uint64)
-        self.index = np.zeros(rows, dtype=np.int64)
-        self.floats = np.zeros((rows, 6), dtype=np.float32)
-        self.integers = np.zeros((rows, 3), dtype=np.int32)
-        self.stop_token_ids: list[tuple[int, ...]] = [()] * rows
-
-    def set(self, row: int, spec: SamplingSpec) -> None:
-        self.seed[row] = spec.seed & ((1 << 64) - 1)
-        self.index[row] = spec.index
-        self.floats[row] = (
-            spec.temperature,
-            spec.top_p,
-            spec.min_p,
-            spec.repetition_penalty,
-            spec.presence_penalty,
-            spec.frequency_penalty,
-        )
-        self.integers[row] = (spec.top_k, spec.min_tokens, spec.logprobs)
-        self.stop_token_ids[row] = spec.stop_token_ids
-
-    def take(self, rows: Array, generated: Array) -> SamplingRows:
-        floats, integers = self.floats[rows].T, self.integers[rows].T
-        early = integers[1] > generated
-        stops = [self.stop_token_ids[row] for row in rows.tolist()] if early.any() else []
-        return SamplingRows(
-            seed=self.seed[rows],
-            index=self.index[rows],
-            position=generated,
-            temperature=floats[0],
-            top_p=floats[1],
-            min_p=floats[2],
-            repetition_penalty=floats[3],
-            presence_penalty=floats[4],
-            frequency_penalty=floats[5],
-            top_k=integers[0],
-            min_tokens=integers[1],
-            logprobs=integers[2],
-            stop_token_ids=stops,
-        )

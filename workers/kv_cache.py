@@ -21,8 +21,8 @@ class KVCache:
     """Keys and values of every layer in blocks of ``block_size`` tokens, with the token ids beside them.
 
     ``keys[layer]`` and ``values[layer]`` are (kv heads, blocks, block size, head dim); ``tokens`` is int32
-    (blocks * block_size,), the id at each slot. A block that is shared by prefix holds the same ids for all its rows,
-    so whatever needs a row's history reads it through the row's block table.
+    (blocks * block_size,), the id at each slot. They are written with the keys, so a block that is cached or shared
+    brings its ids along, and whatever needs a row's history reads it through the row's block table.
     """
 
     def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):

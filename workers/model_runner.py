@@ -149,10 +149,8 @@ class ModelRunner:
         Raises ProtocolError, before any collective, when the step does not fit the table or its own header, and
         NumericFault when the model's output is not finite. After either the table is stale until :meth:`reset`.
         """
-        plan, cached = self.batch.apply(step)
+        plan = self.batch.apply(step)
         counts = self._check_header(step, replica, plan)
-        for slots, tokens in cached:
-            self.cache.tokens.index_copy_(0, self.batch.on_device(slots), self.batch.on_device(tokens))
         if not plan.num_tokens:
             if sum(counts):
                 self.model.dummy_step(counts)

@@ -94,7 +94,9 @@ def _column(values: Array, rows: Array, like: Tensor) -> Tensor:
 
 def _mask_below_min_tokens(logits: Tensor, rows: SamplingRows) -> None:
     early = np.flatnonzero(rows.position < rows.min_tokens)
-    places = [(row, token) for row in early.tolist() for token in rows.stop_token_ids[row] if token < logits.shape[1]]
+    places = [
+        (row, token) for row in early.tolist() for token in rows.stop_token_ids[row] if 0 <= token < logits.shape[1]
+    ]
     if places:
         at = torch.tensor(places, device=logits.device)
         logits[at[:, 0], at[:, 1]] = float("-inf")

@@ -42,13 +42,13 @@ def table() -> BatchTable:
 
 
 def run(table: BatchTable, this: Step, *sampled: int) -> StepRows:
-    plan, _ = table.apply(this)
+    plan = table.apply(this)
     table.advance(plan, torch.tensor(sampled) if sampled else None)
     return plan
 
 
 def test_a_prompt_is_computed_in_the_chunks_that_are_named(table: BatchTable) -> None:
-    plan, _ = table.apply(step(admitted=(admit(2, 6, [7, 3]),), prefill_rows=int32(2), prefill_counts=int32(4)))
+    plan = table.apply(step(admitted=(admit(2, 6, [7, 3]),), prefill_rows=int32(2), prefill_counts=int32(4)))
     assert (plan.num_decode, plan.rows.tolist(), plan.counts.tolist()) == (0, [2], [4])
     assert plan.positions.tolist() == [0, 1, 2, 3]
     assert plan.slots.tolist() == [28, 29, 30, 31]
@@ -57,10 +57,10 @@ def test_a_prompt_is_computed_in_the_chunks_that_are_named(table: BatchTable) ->
     table.advance(plan, None)
 
     # In prefill and not named: it computes nothing.
-    plan, _ = table.apply(step())
+    plan = table.apply(step())
     assert plan.num_tokens == 0
 
-    plan, _ = table.apply(step(prefill_rows=int32(2), prefill_counts=int32(2)))
+    plan = table.apply(step(prefill_rows=int32(2), prefill_counts=int32(2)))
     assert plan.slots.tolist() == [12, 13]
     assert table.input_ids(plan).tolist() == [104, 105]
     assert plan.sampling_rows.tolist() == [2]
@@ -70,23 +70,20 @@ def test_a_prompt_is_computed_in_the_chunks_that_are_named(table: BatchTable) ->
 def test_after_its_first_token_a_row_decodes_unnamed(table: BatchTable) -> None:
     first = step(admitted=(admit(1, 3, [5]),), prefill_rows=int32(1), prefill_counts=int32(3))
     run(table, first, 42)
-    plan, _ = table.apply(step())
+    plan = table.apply(step())
     assert (plan.num_decode, plan.rows.tolist(), plan.positions.tolist()) == (1, [1], [3])
     assert plan.slots.tolist() == [5 * BLOCK + 3]
     assert table.input_ids(plan).tolist() == [42]
     table.advance(plan, torch.tensor([43]))
-    plan, _ = table.apply(step(append_rows=int32(1), append_blocks=int32(9)))
+    plan = table.apply(step(append_rows=int32(1), append_blocks=int32(9)))
     assert plan.slots.tolist() == [9 * BLOCK]
     assert table.input_ids(plan).tolist() == [43]
 
 
 def test_a_row_admitted_with_all_but_one_token_cached_waits_to_be_named(table: BatchTable) -> None:
-    plan, cached = table.apply(step(admitted=(admit(0, 6, [2, 4], num_cached=5, prompt_len=3),)))
+    plan = table.apply(step(admitted=(admit(0, 6, [2, 4], num_cached=5, prompt_len=3),)))
     assert plan.num_tokens == 0
-    ((slots, tokens),) = cached
-    assert slots.tolist() == [8, 9, 10, 11, 16]
-    assert tokens.tolist() == [100, 101, 102, 103, 104]
-    plan, _ = table.apply(step(prefill_rows=int32(0), prefill_counts=int32(1)))
+    plan = table.apply(step(prefill_rows=int32(0), prefill_counts=int32(1)))
     assert table.input_ids(plan).tolist() == [105]
     assert plan.sampling_rows.tolist() == [0]
     # Three tokens were generated before it was admitted again: positions count from the end of the prompt.
@@ -96,7 +93,7 @@ def test_a_row_admitted_with_all_but_one_token_cached_waits_to_be_named(table: B
 def test_decodes_come_first_and_samples_are_in_row_order(table: BatchTable) -> None:
     run(table, step(admitted=(admit(2, 2, [1]),), prefill_rows=int32(2), prefill_counts=int32(2)), 50)
     both = (admit(3, 5, [2, 3]), admit(0, 2, [4]))
-    plan, _ = table.apply(step(admitted=both, prefill_rows=int32(3, 0), prefill_counts=int32(4, 2)))
+    plan = table.apply(step(admitted=both, prefill_rows=int32(3, 0), prefill_counts=int32(4, 2)))
     assert plan.rows.tolist() == [2, 3, 0]
     assert table.input_ids(plan).tolist() == [50, 100, 101, 102, 103, 100, 101]
     assert plan.sampling_rows.tolist() == [0, 2]
@@ -107,7 +104,7 @@ def test_a_decoding_row_that_is_named_with_zero_waits(table: BatchTable) -> None
     run(table, step(admitted=(admit(1, 3, [5]),), prefill_rows=int32(1), prefill_counts=int32(3)), 42)
     plan = run(table, step(prefill_rows=int32(1), prefill_counts=int32(0)))
     assert plan.num_tokens == 0
-    plan, _ = table.apply(step(prefill_rows=int32(1), prefill_counts=int32(1)))
+    plan = table.apply(step(prefill_rows=int32(1), prefill_counts=int32(1)))
     assert (plan.num_decode, table.input_ids(plan).tolist()) == (1, [42])
 
 
@@ -122,14 +119,14 @@ def test_a_row_may_be_appended_to_several_times_in_one_step(table: BatchTable) -
 def test_a_row_is_evicted_and_admitted_anew_in_one_step(table: BatchTable) -> None:
     run(table, step(admitted=(admit(1, 3, [5]),), prefill_rows=int32(1), prefill_counts=int32(3)), 42)
     again = step(evicted=int32(1), admitted=(admit(1, 2, [6]),), prefill_rows=int32(1), prefill_counts=int32(2))
-    plan, _ = table.apply(again)
+    plan = table.apply(again)
     assert plan.slots.tolist() == [24, 25]
     assert plan.num_decode == 0
 
 
 def test_history_is_read_through_the_block_table(table: BatchTable) -> None:
     paged = torch.full((80,), 77, dtype=torch.int32)
-    plan, _ = table.apply(
+    plan = table.apply(
         step(admitted=(admit(0, 6, [7, 3], prompt_len=4),), prefill_rows=int32(0), prefill_counts=int32(6))
     )
     paged[torch.from_numpy(plan.slots)] = table.input_ids(plan).int()
@@ -141,7 +138,7 @@ def test_history_is_read_through_the_block_table(table: BatchTable) -> None:
 def test_reset_forgets_every_row(table: BatchTable) -> None:
     run(table, step(admitted=(admit(1, 3, [5]),), prefill_rows=int32(1), prefill_counts=int32(3)), 42)
     table.reset()
-    plan, _ = table.apply(step())
+    plan = table.apply(step())
     assert plan.num_tokens == 0
     with pytest.raises(ProtocolError, match="empty"):
         table.apply(step(evicted=int32(1)))

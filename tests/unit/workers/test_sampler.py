@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from drumline.protocol.messages import SamplingSpec
-from drumline.workers.batch import SamplingColumns
 from drumline.workers.sampler import Sampled, SamplingRows, TokenHistory, sample
+from drumline.workers.sampling_columns import SamplingColumns
 
 INF = float("inf")
 
@@ -167,6 +167,16 @@ def test_stop_ids_are_masked_until_min_tokens() -> None:
     logits = torch.tensor([[5.0, 1.0, 4.0, 2.0]])
     assert sample(logits.clone(), rows_of(spec, position=2)).tokens.tolist() == [3]
     assert sample(logits.clone(), rows_of(spec, position=3)).tokens.tolist() == [0]
+
+
+def test_numbers_beyond_any_vocabulary_are_harmless() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    spec = SamplingSpec(
+        temperature=0.0, top_k=1 << 40, min_tokens=1 << 40, logprobs=1 << 40, stop_token_ids=(-1, 1, 99)
+    )
+    sampled = sample(logits, rows_of(spec))
+    assert sampled.tokens.tolist() == [2]
+    assert len(sampled.logprobs[0].top_tokens) == 3
 
 
 def logprobs_of(sampled: Sampled) -> list[tuple[int, float, int]]:

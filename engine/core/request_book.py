@@ -242,7 +242,8 @@ class RequestBook:
 
     def forget(self, request_id: str) -> None:
         request = self._requests.get(request_id)
-        if request is not None and request.unended == 0 and not request.cancels:
+        if request is not None and request.unended == 0:
+            # A cancel that still waits for a row is confirmed all the same: the row's sequence leads to the request.
             self._remove(request)
 
     def _resumable(self, msg: Resume) -> Request:
@@ -272,7 +273,7 @@ class RequestBook:
                 table.stream[sequence.row] = sequence.stream
 
     def _remove(self, request: Request) -> None:
-        self._requests.pop(request.request_id, None)
+        del self._requests[request.request_id]
         live = self._connections.get(request.connection)
         if live is not None:
             live.pop(request.request_id, None)

@@ -156,6 +156,20 @@ def test_a_cancel_ends_every_continuation_that_has_not_ended() -> None:
     assert driver.core.request_counts().cancelled == 1
 
 
+def test_an_end_acknowledged_before_the_cancel_is_confirmed_frees_the_id_and_the_confirmation_still_comes() -> None:
+    driver = Driver()
+    driver.accept("a", 4)
+    driver.plan()
+    driver.cancel("a")
+    assert ends_of(driver.core.outputs()) == [("a", 0, "abort", -1, 0)]
+    driver.core.forget("a")
+    driver.accept("a", 4)
+    (output,) = driver.answer([5])
+    assert output.cancelled == [(77, "a")]
+    driver.core.forget("a")  # the new one runs: it stays
+    assert driver.refuse("a", 4).error.kind == "duplicate_request"
+
+
 def test_what_is_in_flight_for_a_cancelled_request_is_discarded() -> None:
     driver = Driver()
     driver.accept("a", 4)

@@ -90,10 +90,27 @@ def make_scenario(seed: int, dp: int | None = None, async_scheduling: bool | Non
     return scenario
 
 
-def _plans(rng: random.Random, config: CoreConfig, day: float) -> list[Plan]:
+def make_wide_scenario(seed: int) -> Scenario:
+    """Two replicas of 40 rows with 150 requests, and blocks for about half of them."""
+    rng = random.Random(seed)
+    config = CoreConfig(
+        max_num_seqs=40,
+        max_num_batched_tokens=256,
+        block_size=8,
+        max_model_len=100,
+        vocab_size=1000,
+        eos_token_ids=(3,),
+        data_parallel_size=2,
+        lockstep=True,
+    )
+    plans = _plans(rng, config, day=15.0, count=150)
+    return Scenario(seed, config, [70, 80], plans, 1.0, 0.2, 0.02, False, drops=[(12.0, 1)], new_epochs=[20.0])
+
+
+def _plans(rng: random.Random, config: CoreConfig, day: float, count: int = 0) -> list[Plan]:
     shared = [rng.randrange(config.vocab_size) for _ in range(config.max_model_len)]
     plans: list[Plan] = []
-    for number in range(rng.randint(1, 6)):
+    for number in range(count or rng.randint(1, 6)):
         length = rng.randint(1, max(1, (config.max_model_len - 2) // rng.choice((1, 2, 2))))
         kept = rng.randint(0, length) if rng.random() < 0.7 else 0
         prompt = shared[:kept] + [rng.randrange(config.vocab_size) for _ in range(length - kept)]

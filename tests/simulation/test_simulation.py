@@ -18,7 +18,7 @@ from drumline.engine.core.prefix_cache import PrefixCache
 from drumline.engine.core.residence import Residence
 from drumline.protocol.errors import ProtocolError
 from drumline.protocol.messages import SamplingSpec, StepDone, Submit
-from tests.simulation.scenario import Plan, Scenario, make_scenario
+from tests.simulation.scenario import Plan, Scenario, make_scenario, make_wide_scenario
 from tests.simulation.simulation import run_scenario
 from tests.simulation.worker import RuleBrokenError
 
@@ -51,6 +51,13 @@ def test_each_layout_runs_with_and_without_two_steps_in_flight(dp: int, async_sc
     for seed in range(1_000_000, 1_000_040):
         seen.update(run_scenario(make_scenario(seed, dp=dp, async_scheduling=async_scheduling)))
     assert_met(seen, ["end_stop", "end_length", "core_preemptions"])
+
+
+def test_wide_batches_that_are_short_of_blocks_end_whole_too() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(10):
+        seen.update(run_scenario(make_wide_scenario(seed)))
+    assert_met(seen, ["end_stop", "end_length", "end_abort", "core_preemptions", "core_prefix_hit_tokens", "new_epoch"])
 
 
 def _ignore_stops(patch: pytest.MonkeyPatch) -> None:

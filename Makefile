@@ -12,9 +12,9 @@ SOAKS := $(shell sed -n 's/^\(soak-[a-z0-9-]*\):.*/\1/p' Makefile)
 demo: $(STAMP)  ## the trained model writes text over two rank processes
 	$(BIN)/drumline generate --model demo -dp 2 --enable-expert-parallel \
 	    --prompt 'The "with" statement is used to' \
-	    --prompt 'Return a list of the names' \
-	    --prompt $$'def main():\n    parser = argparse.ArgumentParser(' \
-	    --max-tokens 96 --temperature 0.7 --seed 7
+	    --prompt 'If the file does not exist,' \
+	    --prompt $$'import os\n\n\nclass' \
+	    --max-tokens 96 --temperature 0.7 --top-p 0.9 --seed 3
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -2,7 +2,8 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest
 orthogonal matrix, found with five Newton-Schulz steps. Every direction is learned at one speed, and so is every expert,
-however few tokens reached it. On this model it needs a third of AdamW's tokens for the same loss.
+however few tokens reached it. In a first trial on this model it came in 260 steps to the loss (4.49) that AdamW alone
+came to in 840.
 """
 
 import torch

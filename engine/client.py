@@ -224,6 +224,8 @@ class AsyncEngine:
 
     async def _wait_for_id(self, connection: Connection, request_id: str) -> None:
         """An id is free once the engine has let go of it: that takes a moment after the reader has."""
+        if request_id in connection.inbox.requests:
+            await asyncio.sleep(0)  # an iterator that was dropped just now says so in the loop's next turn
         while (live := connection.inbox.requests.get(request_id)) is not None:
             if not (live.finished or live.left):
                 raise DuplicateRequest(f"request {request_id!r} is running")

@@ -35,6 +35,8 @@ from drumline.protocol.sockets import Router, SendResult
 
 HWM = 4096
 MAX_FRAME_BYTES = 64 << 20
+MAX_HEAD_BYTES = 4 << 20
+"""Arrays travel in frames of their own; what is decoded from the first one may take many times its size in memory."""
 
 
 class ServingEngine(Protocol):
@@ -72,7 +74,11 @@ class ClientPort:
         self._engine = engine
         self._now = read_clock
         self.router: Router[FromClient] = Router(
-            context, endpoint, Codec(FromClient), hwm=HWM, max_frame_bytes=MAX_FRAME_BYTES
+            context,
+            endpoint,
+            Codec(FromClient, max_head_bytes=MAX_HEAD_BYTES),
+            hwm=HWM,
+            max_frame_bytes=MAX_FRAME_BYTES,
         )
         self.connections = Connections(self._send)
         self.unknown_peers = 0

@@ -4,8 +4,8 @@ Two tasks run while it is open. One reads: every message goes to the call that w
 acknowledges, and probes a silent coordinator. The death of either, silence, or the engine's own failure ends the
 connection the same way: every call and every request gets a typed error and wakes up.
 
-No beat is sent. ZeroMQ's heartbeats, from a thread of their own, tell the coordinator that this process lives; a beat
-from this loop would stop whenever the app blocks its loop for a while, and its requests would be cancelled for that.
+No beat is sent. That this process lives the coordinator sees by its connection; a beat from this loop would stop
+whenever the app blocks its loop for a while, and its requests would be cancelled for that.
 """
 
 from __future__ import annotations

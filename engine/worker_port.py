@@ -49,6 +49,8 @@ from drumline.protocol.sockets import Router, SendResult
 BEAT_S = 0.9
 HWM = 1024
 MAX_FRAME_BYTES = 64 << 20
+MAX_HEAD_BYTES = 4 << 20
+"""Arrays travel in frames of their own; what is decoded from the first one may take many times its size in memory."""
 
 
 class EngineEvents(Protocol):
@@ -89,7 +91,11 @@ class WorkerPort:
         self._term = order.term
         self._beat_at = read_clock()
         self.router: Router[FromWorkerSide] = Router(
-            context, order.worker_endpoint, Codec(FromWorkerSide), hwm=HWM, max_frame_bytes=MAX_FRAME_BYTES
+            context,
+            order.worker_endpoint,
+            Codec(FromWorkerSide, max_head_bytes=MAX_HEAD_BYTES),
+            hwm=HWM,
+            max_frame_bytes=MAX_FRAME_BYTES,
         )
         faults = resolved.config.faults
         self.membership = Membership(

@@ -18,9 +18,10 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 DEFAULT_HWM = 1000
-# A peer that answers no ping for the timeout is disconnected: the next send to it is GONE, its own side sees the loss.
-HEARTBEAT_INTERVAL_MS = 2_000
-HEARTBEAT_TIMEOUT_MS = 10_000
+# Seconds of silence before the kernel asks a TCP peer whether it is there, between the questions, and their number.
+# ZeroMQ's own heartbeats stay off: libzmq 4.3.5 aborts the process (stream_engine_base.cpp, `!_io_error`) when their
+# timer fires for a peer that went while a full queue kept its messages from being read. Beats are messages of ours.
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 4, 2, 3
 HANDSHAKE_TIMEOUT_MS = 5_000
 RECONNECT_MS = 10
 RECONNECT_MAX_MS = 200
@@ -131,9 +132,10 @@ class Link(Generic[T]):
             zmq.SocketOption.SNDHWM: hwm,
             zmq.SocketOption.RCVHWM: hwm,
             zmq.SocketOption.MAXMSGSIZE: max_frame_bytes,
-            zmq.SocketOption.HEARTBEAT_IVL: HEARTBEAT_INTERVAL_MS,
-            zmq.SocketOption.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS,
-            zmq.SocketOption.HEARTBEAT_TTL: HEARTBEAT_TIMEOUT_MS,
+            zmq.SocketOption.TCP_KEEPALIVE: 1,
+            zmq.SocketOption.TCP_KEEPALIVE_IDLE: KEEPALIVE_IDLE_S,
+            zmq.SocketOption.TCP_KEEPALIVE_INTVL: KEEPALIVE_INTERVAL_S,
+            zmq.SocketOption.TCP_KEEPALIVE_CNT: KEEPALIVE_COUNT,
             zmq.SocketOption.HANDSHAKE_IVL: HANDSHAKE_TIMEOUT_MS,
             zmq.SocketOption.RECONNECT_IVL: RECONNECT_MS,
             zmq.SocketOption.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,

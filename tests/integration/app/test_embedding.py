@@ -132,7 +132,6 @@ async def test_leaving_the_loop_frees_the_blocks(engine: AsyncEngine) -> None:
     await status_when(engine, idle)
 
 
-@pytest.mark.xfail(strict=True, reason="an end that is acknowledged before its cancel is confirmed is never forgotten")
 async def test_the_id_of_a_request_that_was_left_can_be_used_again(engine: AsyncEngine) -> None:
     async for _ in engine.generate(PROMPT, SamplingParams(**{**GREEDY, "max_tokens": None}), request_id="again"):
         break

@@ -4,6 +4,8 @@ import asyncio
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -243,21 +245,17 @@ def test_a_peer_that_does_not_read_is_full_and_the_others_are_served(
     run(main())
 
 
-def test_a_peer_that_stays_stopped_is_disconnected(
-    run: Run, context: Context, endpoint: str, start_peer: StartPeer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transport, "HEARTBEAT_INTERVAL_MS", 50)
-    monkeypatch.setattr(transport, "HEARTBEAT_TIMEOUT_MS", 300)
-
-    async def main() -> None:
-        router = Router(context, endpoint, IN)
-        process = start_peer(router.endpoint)
-        identity, _ = await router.recv()
-        os.kill(process.pid, signal.SIGSTOP)
-        await eventually(lambda: router.send(identity, call(1)) is SendResult.GONE)
-        router.close()
-
-    run(main())
+@pytest.mark.timeout(60)
+def test_a_peer_that_goes_while_its_messages_wait_unread_takes_nobody_along(folder: Path) -> None:
+    """In a process of its own, because what is feared here is the abort of the process."""
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.unit.protocol.unread", f"ipc://{folder}/unread.sock"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (0, "1000 messages, then the end\n", "")
 
 
 def test_sends_after_close_are_gone(run: Run, context: Context, endpoint: str) -> None:

@@ -152,7 +152,7 @@ class Control:
         if self._lifeline in ready:
             os._exit(EXIT_OWNER_GONE)
         if self._signals in ready:
-            log.info("SIGTERM")
+            log.warning("SIGTERM")
             self._leave(EXIT_TERMINATED)
         if self._wake in ready:
             os.eventfd_read(self._wake)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 import uuid
 
@@ -49,11 +50,17 @@ def start_worker(rank: int, endpoint: str, token: str, lifeline_fd: int | None) 
 def _start_log(rank: int) -> None:
     logging.basicConfig(
         stream=sys.stderr,
-        level=logging.INFO,
+        level=_log_level(),
         format=f"%(asctime)s drumline:r{rank} %(levelname)s %(message)s",
         force=True,
     )
     logging.raiseExceptions = False  # a reader of stderr that is gone is no reason to stop
+
+
+def _log_level() -> str:
+    """DRUMLINE_LOG_LEVEL, or WARNING: what goes well is told to the coordinator, not to the terminal."""
+    asked = os.environ.get("DRUMLINE_LOG_LEVEL", "").upper()
+    return asked if asked in logging.getLevelNamesMapping() else "WARNING"
 
 
 def _set_process_name(name: str) -> None:

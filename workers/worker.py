@@ -100,7 +100,7 @@ class Worker:
     def _welcome(self, message: WelcomeWorker) -> None:
         self._config = config = message.config
         local = max(1, config.local_ranks)
-        threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // local)
+        threads = config.num_threads or _threads_asked_for() or max(1, len(os.sched_getaffinity(0)) // local)
         torch.set_num_threads(threads)
         log.info("rank %d, pid %d, %d torch threads", self._me.rank, os.getpid(), threads)
 
@@ -246,6 +246,12 @@ class Worker:
         if self._runner is None:
             raise ProtocolError("the model is not loaded")
         return self._runner
+
+
+def _threads_asked_for() -> int:
+    """OMP_NUM_THREADS, or 0 where it says nothing useful."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() else 0
 
 
 def choose_device(rank: int) -> torch.device:

@@ -88,6 +88,9 @@ class MoeLayer:
         self.router = Linear(router)
         self.gate_up = gate_up
         self.down = down
+        # The same memory, transposed for the product: experts that are moved are written in place.
+        self._gate_up_of = list(gate_up.transpose(1, 2))
+        self._down_of = list(down.transpose(1, 2))
         self.load = torch.zeros(len(down), dtype=torch.int64, device=down.device)
         self._normalise = normalise
 
@@ -135,17 +138,14 @@ class MoeLayer:
 
     def _experts(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Rows grouped by local slot, (P, hidden) to (P, hidden): one pair of products per expert with tokens."""
-        pairs, hidden = rows.shape
-        gate_up = rows.new_empty(pairs, 2 * self.intermediate_size)
-        used, start = [], 0
-        for slot, count in enumerate(counts):
-            if count:
-                used.append((slot, start, start + count))
-                start += count
-        for slot, start, end in used:
-            torch.mm(rows[start:end], self.gate_up[slot].t(), out=gate_up[start:end])
+        gate_up = rows.new_empty(len(rows), 2 * self.intermediate_size)
+        used = [slot for slot, count in enumerate(counts) if count]
+        sizes = [counts[slot] for slot in used]
+        # Views are made in bulk: one by one they would cost as much as the products of a few tokens.
+        for slot, x, out in zip(used, rows.split_with_sizes(sizes), gate_up.split_with_sizes(sizes), strict=True):
+            torch.mm(x, self._gate_up_of[slot], out=out)
         inner = gated_silu(gate_up, self.intermediate_size)
-        out = rows.new_empty(pairs, hidden)
-        for slot, start, end in used:
-            torch.mm(inner[start:end], self.down[slot].t(), out=out[start:end])
-        return out
+        total = torch.empty_like(rows)
+        for slot, x, out in zip(used, inner.split_with_sizes(sizes), total.split_with_sizes(sizes), strict=True):
+            torch.mm(x, self._down_of[slot], out=out)
+        return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -16,7 +17,7 @@ from drumline.engine.connection import Connection, Timing
 from drumline.engine.generation import Generation
 from drumline.engine.launch.local import LocalEngine, start_local
 from drumline.engine.outputs import RankReply
-from drumline.engine.prompts import check_request_id, load_tokenizer, prompt_ids, submit_message
+from drumline.engine.prompts import check_request_id, load_tokenizer, lone_surrogate, prompt_ids, submit_message
 from drumline.engine.sampling_params import SamplingParams
 from drumline.engine.streams import RequestStream
 from drumline.protocol.errors import (
@@ -278,11 +279,13 @@ class AsyncEngine:
         A rank that fails or does not answer within ``timeout`` seconds (5) has ``ok`` False and says why."""
         connection, _ = self._require_ready()
         limit = 5.0 if timeout is None else timeout
-        if limit <= 0:
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
             raise InvalidRequest("timeout", timeout, "seconds, above 0")
+        if not isinstance(method, str) or lone_surrogate(method) is not None:
+            raise InvalidRequest("method", repr(method), "the name of a control call")
         try:
             packed = msgspec.msgpack.encode((tuple(args), dict(kwargs or {}))) if args or kwargs else b""
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InvalidRequest("args", str(error), "values that msgpack can carry") from None
         result = await connection.call(
             lambda call_id: CallRanks(call_id, method, packed, limit), f"call {method!r}", limit + _CALL_SLACK_S

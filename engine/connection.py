@@ -105,8 +105,12 @@ class Connection:
 
     def _flush(self) -> None:
         """What is sent to a lost connection is dropped: the reader, who has yet to read what came before, ends it."""
-        while self._unsent and self._dealer.send(self._unsent[0]) is not SendResult.FULL:
-            self._unsent.popleft()
+        while self._unsent:
+            # Taken out first: a message that cannot be encoded fails its sender alone, not everyone after it.
+            message = self._unsent.popleft()
+            if self._dealer.send(message) is SendResult.FULL:
+                self._unsent.appendleft(message)
+                return
 
     async def call(self, make: Callable[[int], FromClient], what: str, timeout: float | None = None) -> Any:
         """Sends what ``make`` makes of a call id and returns the answer. Raises the error that is the answer,

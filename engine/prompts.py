@@ -48,10 +48,8 @@ async def prompt_ids(prompt: str | Sequence[int], tokenizer: Tokenizer | None, i
 
 
 async def _encode(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest("prompt", f"a lone surrogate at character {error.start}", "text that is Unicode") from None
+    if (place := lone_surrogate(prompt)) is not None:
+        raise InvalidRequest("prompt", f"a lone surrogate at character {place}", "text that is Unicode")
     if len(prompt) > _ENCODE_IN_THREAD:
         return list((await asyncio.to_thread(tokenizer.encode, prompt)).ids)
     return list(tokenizer.encode(prompt).ids)
@@ -73,8 +71,20 @@ def _whole_numbers(prompt: object) -> list[int]:
 
 
 def check_request_id(request_id: object) -> None:
+    """Raises :class:`InvalidRequest` for anything but text that travels in a message and is not too long."""
     if not isinstance(request_id, str) or not 1 <= len(request_id) <= LONGEST_REQUEST_ID:
         raise InvalidRequest("request_id", request_id, f"a string of 1 to {LONGEST_REQUEST_ID} characters")
+    if (place := lone_surrogate(request_id)) is not None:
+        raise InvalidRequest("request_id", f"a lone surrogate at character {place}", "text that is Unicode")
+
+
+def lone_surrogate(text: str) -> int | None:
+    """Where ``text`` holds a surrogate without its partner, which no message can carry; None when it holds none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def submit_message(

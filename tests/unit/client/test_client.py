@@ -141,6 +141,7 @@ async def test_a_prompt_that_cannot_be_served_is_refused_with_what_was_found(
         ({"request_id": ""}, "request_id"),
         ({"request_id": "x" * 257}, "request_id"),
         ({"request_id": 7}, "request_id"),
+        ({"request_id": "a\ud800"}, "request_id"),
         ({"data_parallel_rank": 2}, "data_parallel_rank"),
         ({"data_parallel_rank": -1}, "data_parallel_rank"),
         ({"priority": "high"}, "priority"),
@@ -152,9 +153,43 @@ async def test_a_prompt_that_cannot_be_served_is_refused_with_what_was_found(
 async def test_an_option_that_cannot_be_served_is_refused_by_name(
     served: Served, options: dict[str, Any], field: str
 ) -> None:
-    engine, _ = served
+    engine, fake = served
     with pytest.raises(InvalidRequest) as caught:
         await within(await read(engine, "hi", **options))
+    assert caught.value.field == field
+    await read(engine, "hi", request_id="the next")
+    assert (await fake.expect(Submit)).request_id == "the next"
+
+
+async def test_a_message_that_cannot_be_encoded_fails_its_sender_alone(served: Served) -> None:
+    engine, fake = served
+    connection = engine._connection
+    assert connection is not None
+    with pytest.raises(UnicodeEncodeError):
+        connection.cancel_quietly("\ud800")
+    asking = asyncio.create_task(engine.status())
+    await fake.expect(StatusQuery)
+    asking.cancel()
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        ({"method": "\ud800"}, "method"),
+        ({"method": 5}, "method"),
+        ({"method": "ping", "timeout": "1"}, "timeout"),
+        ({"method": "ping", "timeout": float("nan")}, "timeout"),
+        ({"method": "ping", "timeout": float("inf")}, "timeout"),
+        ({"method": "ping", "args": (2**70,)}, "args"),
+        ({"method": "ping", "args": (object(),)}, "args"),
+        ({"method": "ping", "args": ("\ud800",)}, "args"),
+    ],
+)
+async def test_a_control_call_that_cannot_travel_is_refused_by_name(
+    served: Served, call: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await served[0].collective_rpc(**call)
     assert caught.value.field == field
 
 

@@ -45,13 +45,14 @@ def _decodes(plan: StepRows, batch: BatchTable, cache: KVCache) -> list[DecodeRo
 def decode_groups(widths: Array, max_blocks: int) -> list[tuple[int, int, int]]:
     """Split rows into runs (start, end, widest) that are gathered together.
 
-    ``widths``: blocks of each row, ascending unless they all fit one run. A run holds at most ``max_blocks`` padded
-    blocks, or one row.
+    ``widths``: blocks of each row; in any order, but only rows that stand together can share a run, so ascending order
+    makes the fewest. A run holds at most ``max_blocks`` padded blocks, or one row.
     """
     groups, start, count = [], 0, len(widths)
     while start < count:
         limit = max(int(widths[start]) * 3 // 2, int(widths[start]) + _SLACK_BLOCKS)
-        end = count if widths[start:].max() <= limit else int(np.searchsorted(widths, limit, side="right"))
+        over = np.flatnonzero(widths[start:] > limit)
+        end = start + int(over[0]) if len(over) else count
         widest = int(widths[start:end].max())
         end = min(end, start + max(max_blocks // widest, 1))
         groups.append((start, end, int(widths[start:end].max())))

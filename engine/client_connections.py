@@ -3,7 +3,7 @@
 Token frames of a connection are numbered and acknowledged. With ``WINDOW`` of them unacknowledged none is sent; once
 they are acknowledged one ``Behind`` is, which the client answers with Resume per live request. So a slow reader costs
 its own frames and nobody else's time. A request that ended is forgotten when its end has been acknowledged, or stood in
-a Resumed.
+a Resumed, or when its cancel has been confirmed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 from drumline.engine.core.outputs import ConnectionOutput
-from drumline.protocol.messages import Behind, Cancelled, Finished, Resumed, StatusReport, ToClient, Tokens
+from drumline.protocol.messages import Behind, Cancelled, Finished, Resumed, StatusReport, StreamEnd, ToClient, Tokens
 from drumline.protocol.sockets import SendResult
 
 WINDOW = 64
@@ -28,8 +28,9 @@ SILENCE_S = 10.0
 
 @dataclass(slots=True)
 class ClientConnection:
-    """One client. ``frame`` was sent last, ``acked`` read last. ``open``: ends outstanding per live request.
-    ``ended``: (frame, request id) of ends that were sent and not yet acknowledged."""
+    """One client. ``frame`` was sent last, ``acked`` read last. ``open``: the indices still to end, per live request;
+    none of one whose last end was left out. ``ended``: (frame, request id) of ends that were sent and not yet
+    acknowledged."""
 
     number: int
     identity: bytes
@@ -40,7 +41,7 @@ class ClientConnection:
     acked: int = 0
     behind: bool = False
     gone: bool = False
-    open: dict[str, int] = field(default_factory=dict)
+    open: dict[str, set[int]] = field(default_factory=dict)
     ended: deque[tuple[int, str]] = field(default_factory=deque)
     pending: deque[ToClient] = field(default_factory=deque)
 
@@ -177,13 +178,16 @@ class Connections:
 
     def accepted(self, connection: ClientConnection, request_id: str, n: int) -> None:
         """``request_id`` is live on this connection and has ``n`` ends to come."""
-        connection.open[request_id] = n
+        connection.open[request_id] = set(range(n))
 
-    def deliver(self, output: ConnectionOutput) -> None:
-        """Send one step's tokens and ends to their connection; cancels that are complete are always sent."""
+    def deliver(self, output: ConnectionOutput) -> list[str]:
+        """Send one step's tokens and ends to their connection; cancels that are complete are always sent.
+
+        Returns the requests whose end was left out and will not be asked for, because their cancel is confirmed.
+        """
         connection = self._by_number.get(output.connection)
         if connection is None:
-            return
+            return []
         if len(output.handles):
             self._frame(
                 connection,
@@ -199,10 +203,15 @@ class Connections:
         if output.ends:
             sent = self._frame(connection, Finished(connection.frame + 1, tuple(output.ends)))
             for end in output.ends:
-                self._count_end(connection, end.request_id, sent)
+                self._count_end(connection, end, sent)
+        over: list[str] = []
         for call_id, request_id in output.cancelled:
-            connection.open.pop(request_id, None)
+            # One that has ends to come is another, that was given the id when the end of the cancelled one was read.
+            if connection.open.get(request_id) == set():
+                del connection.open[request_id]
+                over.append(request_id)
             self.reply(connection, Cancelled(call_id, request_id))
+        return over
 
     def _frame(self, connection: ClientConnection, frame: Tokens | Finished) -> bool:
         if connection.gone:
@@ -215,14 +224,15 @@ class Connections:
         connection.frame = frame.frame
         return True
 
-    def _count_end(self, connection: ClientConnection, request_id: str, sent: bool) -> None:
-        left = connection.open.get(request_id)
+    def _count_end(self, connection: ClientConnection, end: StreamEnd, sent: bool) -> None:
+        """By index, because an end may stand in a Resumed already when it comes in a frame."""
+        left = connection.open.get(end.request_id)
         if left is None:
             return
-        connection.open[request_id] = left - 1
-        if left == 1 and sent:
-            del connection.open[request_id]
-            connection.ended.append((connection.frame, request_id))
+        left.discard(end.index)
+        if not left and sent:
+            del connection.open[end.request_id]
+            connection.ended.append((connection.frame, end.request_id))
 
     def ack(self, connection: ClientConnection, frame: int) -> list[str]:
         """Frames up to ``frame`` have been read. Returns the requests whose end has thereby been read."""
@@ -245,10 +255,10 @@ class Connections:
 
     def resumed(self, connection: ClientConnection, message: Resumed) -> bool:
         """Send ``message``. Whether all ends of the request stand in it, so that it may be forgotten."""
-        left = len(message.tokens) - len(message.ends)
+        left = set(range(len(message.tokens))) - {end.index for end in message.ends}
         if left:
             connection.open[message.request_id] = left
         else:
             connection.open.pop(message.request_id, None)
         self.reply(connection, message)
-        return left == 0
+        return not left

@@ -171,7 +171,8 @@ class ClientPort:
     def deliver(self, core: EngineCore) -> None:
         """Send what the core has for clients."""
         for output in core.outputs():
-            self.connections.deliver(output)
+            for request_id in self.connections.deliver(output):
+                core.forget(request_id)
 
     def tick(self, now: float) -> None:
         """Clients that fell silent or went away, and replies that wait for room."""

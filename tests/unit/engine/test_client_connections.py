@@ -120,6 +120,16 @@ def test_a_resume_in_the_middle_leaves_the_other_ends_to_come() -> None:
     assert connections.ack(client, 1) == ["r"]
 
 
+def test_an_end_that_stood_in_a_resume_and_comes_in_a_frame_too_counts_once() -> None:
+    connections, _, client = made()
+    connections.accepted(client, "r", 2)
+    assert not connections.resumed(client, resumed(ends=1, n=2))
+    connections.deliver(one_end(client, index=0))
+    assert connections.ack(client, 1) == []
+    connections.deliver(one_end(client, index=1))
+    assert connections.ack(client, 2) == ["r"]
+
+
 def test_an_acknowledgement_of_what_was_never_sent_is_refused_and_counted() -> None:
     connections, _, client = made()
     connections.deliver(one_token(client))
@@ -184,9 +194,32 @@ def test_cancels_are_confirmed_to_a_reader_that_is_behind_too() -> None:
     connections.accepted(client, "r", 1)
     for position in range(WINDOW + 1):
         connections.deliver(one_token(client, position))
-    connections.deliver(ConnectionOutput(client.number, cancelled=[(4, "r")]))
+    # The end was left out, and nobody will ask for it once the cancel is confirmed.
+    output = one_end(client)
+    output.cancelled = [(4, "r")]
+    assert connections.deliver(output) == ["r"]
     assert socket.sent[b"a"][-1] == Cancelled(4, "r")
     assert client.open == {}
+
+
+def test_a_cancel_of_a_request_whose_end_was_sent_leaves_it_to_the_acknowledgement() -> None:
+    connections, _, client = made()
+    connections.accepted(client, "r", 1)
+    output = one_end(client)
+    output.cancelled = [(4, "r")]
+    assert connections.deliver(output) == []
+    assert connections.ack(client, 1) == ["r"]
+
+
+def test_a_late_confirmation_leaves_the_request_alone_that_has_the_id_now() -> None:
+    connections, _, client = made()
+    connections.accepted(client, "r", 1)
+    connections.deliver(one_end(client))
+    assert connections.ack(client, 1) == ["r"]
+    connections.accepted(client, "r", 1)
+    assert connections.deliver(ConnectionOutput(client.number, cancelled=[(4, "r")])) == []
+    connections.deliver(one_end(client))
+    assert connections.ack(client, 2) == ["r"]
 
 
 def test_a_second_hello_is_the_same_connection() -> None:

@@ -86,7 +86,7 @@ class Connections:
 
     @property
     def has_pending(self) -> bool:
-        """Whether replies wait for room in a socket."""
+        """Whether replies, or the news that frames were left out, wait for room in a socket."""
         return bool(self._waiting)
 
     def open(self, identity: bytes, client_id: str, now: float) -> ClientConnection:
@@ -218,6 +218,9 @@ class Connections:
             return False
         full = connection.frame - connection.acked >= WINDOW
         if connection.behind or full or connection.pending or not self._put(connection, frame):
+            if not connection.behind and not full and not connection.gone:
+                # The socket had no room. A reader with nothing to acknowledge would never ask for more by itself.
+                self._waiting.add(connection.number)
             connection.behind = True
             self.counts.frames_left_out += 1
             return False

@@ -153,6 +153,19 @@ def test_replies_wait_for_room_in_order_and_frames_do_not_overtake_them() -> Non
     assert not connections.has_pending
 
 
+def test_a_reader_without_anything_to_acknowledge_is_told_of_frames_that_found_no_room() -> None:
+    connections, socket, client = made()
+    socket.result = SendResult.FULL
+    connections.deliver(one_token(client))
+    assert connections.has_pending
+    connections.flush()
+    assert connections.has_pending
+    socket.result = SendResult.SENT
+    connections.flush()
+    assert socket.sent[b"a"] == [Behind(0)]
+    assert not connections.has_pending
+
+
 def test_a_client_that_lets_replies_pile_up_is_disconnected() -> None:
     connections, socket, client = made()
     socket.result = SendResult.FULL

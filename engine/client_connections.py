@@ -22,6 +22,8 @@ CAUGHT_UP = 16
 MAX_CONNECTIONS = 4096
 MAX_PENDING = 8192
 """Replies that wait for room in a connection's socket; a client that lets more pile up is disconnected."""
+MAX_UNREAD = 8192
+"""Requests whose end a client has not acknowledged; with more of them it may submit nothing."""
 SILENCE_S = 10.0
 """A client that has sent heartbeats and sends nothing for so long is gone."""
 
@@ -29,8 +31,8 @@ SILENCE_S = 10.0
 @dataclass(slots=True)
 class ClientConnection:
     """One client. ``frame`` was sent last, ``acked`` read last. ``open``: the indices still to end, per live request;
-    none of one whose last end was left out. ``ended``: (frame, request id) of ends that were sent and not yet
-    acknowledged."""
+    none of one whose last end was left out, of which there are ``left_out``. ``ended``: (frame, request id) of ends
+    that were sent and not yet acknowledged."""
 
     number: int
     identity: bytes
@@ -42,8 +44,19 @@ class ClientConnection:
     behind: bool = False
     gone: bool = False
     open: dict[str, set[int]] = field(default_factory=dict)
+    left_out: int = 0
     ended: deque[tuple[int, str]] = field(default_factory=deque)
     pending: deque[ToClient] = field(default_factory=deque)
+
+    @property
+    def unread(self) -> int:
+        """Requests that have ended and are kept until the client has read so."""
+        return len(self.ended) + self.left_out
+
+    def close_request(self, request_id: str) -> None:
+        """All that there was to say of the request has been said."""
+        if self.open.pop(request_id, None) == set():
+            self.left_out -= 1
 
 
 @dataclass(slots=True)
@@ -208,7 +221,7 @@ class Connections:
         for call_id, request_id in output.cancelled:
             # One that has ends to come is another, that was given the id when the end of the cancelled one was read.
             if connection.open.get(request_id) == set():
-                del connection.open[request_id]
+                connection.close_request(request_id)
                 over.append(request_id)
             self.reply(connection, Cancelled(call_id, request_id))
         return over
@@ -230,12 +243,16 @@ class Connections:
     def _count_end(self, connection: ClientConnection, end: StreamEnd, sent: bool) -> None:
         """By index, because an end may stand in a Resumed already when it comes in a frame."""
         left = connection.open.get(end.request_id)
-        if left is None:
+        if not left:
             return
         left.discard(end.index)
-        if not left and sent:
+        if left:
+            return
+        if sent:
             del connection.open[end.request_id]
             connection.ended.append((connection.frame, end.request_id))
+        else:
+            connection.left_out += 1
 
     def ack(self, connection: ClientConnection, frame: int) -> list[str]:
         """Frames up to ``frame`` have been read. Returns the requests whose end has thereby been read."""
@@ -259,9 +276,8 @@ class Connections:
     def resumed(self, connection: ClientConnection, message: Resumed) -> bool:
         """Send ``message``. Whether all ends of the request stand in it, so that it may be forgotten."""
         left = set(range(len(message.tokens))) - {end.index for end in message.ends}
+        connection.close_request(message.request_id)
         if left:
             connection.open[message.request_id] = left
-        else:
-            connection.open.pop(message.request_id, None)
         self.reply(connection, message)
         return not left

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import zmq
 
-from drumline.engine.client_connections import ClientConnection, Connections
+from drumline.engine.client_connections import MAX_UNREAD, ClientConnection, Connections
 from drumline.engine.core.engine_core import EngineCore
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import ErrorInfo
@@ -139,6 +139,11 @@ class ClientPort:
 
     def _submit(self, connection: ClientConnection, message: Submit, now: float) -> None:
         core, refusal = self._engine.core, self._engine.refusal()
+        if refusal is None and connection.unread > MAX_UNREAD:
+            text = (
+                f"{connection.unread} requests have ended unread; the next one waits until their ends are acknowledged"
+            )
+            refusal = ErrorInfo(kind="queue_full", text=text, retryable=True)
         if core is None or refusal is not None:
             refusal = refusal or ErrorInfo(kind="engine_closed", text="the engine has no core")
             self.connections.reply(connection, Rejected(message.call_id, message.request_id, refusal))

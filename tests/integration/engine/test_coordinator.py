@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from drumline.engine import client_connections
+from drumline.engine import client_connections, client_port
 from drumline.engine.client_connections import WINDOW
 from drumline.engine.core.engine_core import EngineCore
 from drumline.protocol.codec import Codec
@@ -123,6 +123,23 @@ async def test_tokens_come_in_numbered_frames_and_the_end_in_the_last(runtime_ro
                 if own == handle
             ]
             assert positions == list(range(5))
+
+
+async def test_a_client_that_acknowledges_nothing_may_submit_no_more(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_port, "MAX_UNREAD", 2)
+    async with simulated(ONE, runtime_root) as engine:
+        client = engine.client()
+        await client.welcome()
+        for request_id in ("a", "b", "c"):
+            await client.accepted(request_id, max_tokens=1)
+            last = await client.read(Finished)
+        client.submit("d")
+        rejected = await client.read(Rejected)
+        assert (rejected.error.kind, rejected.error.retryable) == ("queue_full", True)
+        client.dealer.send(Ack(last.frame))
+        await client.accepted("d", max_tokens=1)
 
 
 async def test_a_reader_that_falls_behind_gets_one_behind_and_all_tokens_by_resume(runtime_root: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import msgspec
 import numpy as np
 
 from drumline.engine.client_connections import MAX_PENDING, SILENCE_S, WINDOW, ClientConnection, Connections
@@ -213,6 +214,25 @@ def test_cancels_are_confirmed_to_a_reader_that_is_behind_too() -> None:
     assert connections.deliver(output) == ["r"]
     assert socket.sent[b"a"][-1] == Cancelled(4, "r")
     assert client.open == {}
+
+
+def test_requests_that_ended_unread_are_counted_until_they_are_read() -> None:
+    connections, _, client = made()
+    for request_id in ("sent", "left out", "cancelled"):
+        connections.accepted(client, request_id, 1)
+    connections.deliver(one_end(client, "sent"))
+    for position in range(WINDOW):
+        connections.deliver(one_token(client, position))
+    connections.deliver(one_end(client, "left out"))
+    output = one_end(client, "cancelled")
+    assert connections.deliver(output) == []
+    assert client.unread == 3
+    connections.deliver(ConnectionOutput(client.number, cancelled=[(4, "cancelled")]))
+    assert client.unread == 2
+    connections.ack(client, WINDOW)
+    assert client.unread == 1
+    assert connections.resumed(client, msgspec.structs.replace(resumed(ends=1), request_id="left out"))
+    assert client.unread == 0
 
 
 def test_a_cancel_of_a_request_whose_end_was_sent_leaves_it_to_the_acknowledgement() -> None:

@@ -276,7 +276,9 @@ class Control:
                 "outbox": self._outbox.qsize(),
                 "socket": msgspec.structs.asdict(self._dealer.statistics()),
             }
-        self._transmit(CallResult(call.term, call.epoch, call.call_id, self.identity.rank, True, _encode(value)))
+        # Behind whatever waits for room: only one message can be held back.
+        self._outbox.put(CallResult(call.term, call.epoch, call.call_id, self.identity.rank, True, _encode(value)))
+        self._drain_outbox()
 
     def _leave(self, code: int) -> None:
         """Send what is queued and end the process; a peer that reads nothing is waited for one second."""

@@ -234,8 +234,11 @@ class Worker:
         info = describe(error, self._me, self._progress.position)
         log.error("fault in %s\n%s", type(message).__name__, info.traceback)
         self._progress.faults += 1
-        self._leave_epoch()
-        self._control.send(Fault(self._fence.term, self._fence.epoch, self._me.rank, info))
+        # Told first: the peers find out as soon as this rank leaves, and report that it is gone.
+        try:
+            self._control.send(Fault(self._fence.term, self._fence.epoch, self._me.rank, info))
+        finally:
+            self._leave_epoch()
 
     def _known_config(self) -> WorkerConfig:
         if self._config is None:

@@ -20,6 +20,9 @@ SETTLE_S = 0.25
 
 TAIL_CHARACTERS = 4000
 
+CONSEQUENCES = frozenset({"peer_lost", "group_timeout", "store", "epoch_aborted"})
+"""Kinds of faults that tell of another rank: it went away, or did not come."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -102,8 +105,12 @@ class Evidence:
         self._decided = True
         if self._final is not None:
             return self._final
-        rank, error = next(iter((self._deaths or self._faults).items()))
-        return Loss(rank, self._faults.get(rank, error))
+        if self._deaths:
+            rank, error = next(iter(self._deaths.items()))
+            return Loss(rank, self._faults.get(rank, error))
+        # min keeps the order of arrival among equals.
+        rank, error = min(self._faults.items(), key=lambda fault: fault[1].kind in CONSEQUENCES)
+        return Loss(rank, error)
 
 
 def _signal_name(number: int) -> str:

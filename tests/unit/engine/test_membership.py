@@ -351,6 +351,15 @@ def test_a_fault_alone_is_the_cause_after_a_moment() -> None:
     assert one.ranks[1].last_fault == "broken file"
 
 
+@pytest.mark.parametrize("kind", ["peer_lost", "group_timeout", "store", "epoch_aborted"])
+def test_who_only_misses_a_peer_is_not_the_cause_though_it_complains_first(kind: str) -> None:
+    one = opened()
+    one.receive(peer(0), Fault(TERM, 1, 0, ErrorInfo(kind=kind, text="rank 1 is gone")), 3.0)
+    one.receive(peer(1), Fault(TERM, 1, 1, ErrorInfo(kind="numeric", text="logits are NaN")), 3.1)
+    loss = verdict(one, 3.0 + SETTLE_S)
+    assert (loss.rank, loss.error.text) == (1, "logits are NaN")
+
+
 def test_the_exit_of_a_process_that_is_not_the_ranks_is_ignored() -> None:
     one = opened()
     one.exited(Exited(1, 555, 0, 9), 3.0)

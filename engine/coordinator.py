@@ -296,6 +296,9 @@ class Coordinator:
         self.clients.connections.broadcast(Event("ready", f"{len(blocks)} ranks are ready"))
         self.clients.connections.broadcast(self._welcome)
 
+    def suspected(self) -> None:
+        self._wake.set()
+
     def lost(self, loss: Loss) -> None:
         """A rank or the supervisor is lost. Without recovery that ends the engine, with every request told why."""
         error = loss.error

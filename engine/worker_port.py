@@ -65,6 +65,9 @@ class EngineEvents(Protocol):
     def loading(self, progress: Loading) -> None:
         """A rank has read some of its weights."""
 
+    def suspected(self) -> None:
+        """Something is lost; what exactly, :meth:`WorkerPort.tick` tells at ``membership.decides_at``."""
+
     def lost(self, loss: Loss) -> None:
         """A rank, or the supervisor, is lost."""
 
@@ -156,10 +159,14 @@ class WorkerPort:
             self._events.owner_stopping(message)
 
     def settle(self, now: float) -> None:
-        """Tell of a loss as soon as it is certain."""
+        """Tell of a loss as soon as it is certain, and until then that there is one."""
         due = self.membership.decides_at
-        if due is not None and due <= now:
+        if due is None:
+            return
+        if due <= now:
             self._carry_out(self.membership.tick(now))
+        else:
+            self._events.suspected()
 
     def tick(self, now: float) -> None:
         """Deadlines; called about once a second."""

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from drumline.engine import client_connections, client_port
+from drumline.engine import client_connections, client_port, coordinator
 from drumline.engine.client_connections import WINDOW
 from drumline.engine.core.engine_core import EngineCore
 from drumline.protocol.codec import Codec
@@ -262,6 +262,17 @@ async def test_a_fault_while_serving_fails_every_request_with_rank_epoch_and_ste
         assert message.error.rank == 1
         # While the loss was settled the coordinator waited, it did not spin.
         assert beats <= 3
+
+
+async def test_a_fault_of_an_idle_engine_is_settled_without_waiting_for_the_next_tick(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator, "TICK_S", 60.0)
+    async with simulated(TWO, runtime_root) as engine:
+        client = engine.client()
+        await client.welcome()
+        engine.ranks[1].dealer.send(Fault(1, 1, 1, ErrorInfo(kind="internal", text="out of memory")))
+        assert "out of memory" in (await client.engine_failure()).text
 
 
 async def test_a_reply_that_cannot_be_right_is_the_loss_of_the_rank(runtime_root: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -14,17 +13,17 @@ from tokenizers import Tokenizer
 
 from drumline.engine.config import EngineConfig
 from drumline.engine.connection import Connection, Timing
+from drumline.engine.control_calls import check_method, check_timeout, pack_arguments, rank_reply
 from drumline.engine.generation import Generation
 from drumline.engine.launch.local import LocalEngine, start_local
 from drumline.engine.outputs import RankReply
-from drumline.engine.prompts import check_request_id, load_tokenizer, lone_surrogate, prompt_ids, submit_message
+from drumline.engine.prompts import check_request_id, load_tokenizer, prompt_ids, submit_message
 from drumline.engine.sampling_params import SamplingParams
 from drumline.engine.streams import RequestStream
 from drumline.protocol.errors import (
     DrumlineError,
     DuplicateRequest,
     EngineClosed,
-    ErrorInfo,
     InvalidConfig,
     InvalidRequest,
     ProtocolError,
@@ -36,7 +35,6 @@ from drumline.protocol.messages import (
     Cancel,
     Event,
     ModelInfo,
-    RankAnswer,
     StatusQuery,
     Submit,
     WelcomeClient,
@@ -278,19 +276,11 @@ class AsyncEngine:
         """Runs a control call ("ping", "stats") on every rank; replies by rank. Arguments are what msgpack can carry.
         A rank that fails or does not answer within ``timeout`` seconds (5) has ``ok`` False and says why."""
         connection, _ = self._require_ready()
-        limit = 5.0 if timeout is None else timeout
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
-            raise InvalidRequest("timeout", timeout, "seconds, above 0")
-        if not isinstance(method, str) or lone_surrogate(method) is not None:
-            raise InvalidRequest("method", repr(method), "the name of a control call")
-        try:
-            packed = msgspec.msgpack.encode((tuple(args), dict(kwargs or {}))) if args or kwargs else b""
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise InvalidRequest("args", str(error), "values that msgpack can carry") from None
+        name, limit, packed = check_method(method), check_timeout(timeout), pack_arguments(args, kwargs)
         result = await connection.call(
-            lambda call_id: CallRanks(call_id, method, packed, limit), f"call {method!r}", limit + _CALL_SLACK_S
+            lambda call_id: CallRanks(call_id, name, packed, limit), f"call {name!r}", limit + _CALL_SLACK_S
         )
-        return sorted((_reply(answer) for answer in result.answers), key=lambda reply: reply.rank)
+        return sorted((rank_reply(answer) for answer in result.answers), key=lambda reply: reply.rank)
 
     def _require_ready(self) -> tuple[Connection, ModelInfo]:
         if self._closing is not None:
@@ -303,12 +293,3 @@ class AsyncEngine:
 
 def _numbered(submit: Submit) -> Callable[[int], Submit]:
     return lambda call_id: msgspec.structs.replace(submit, call_id=call_id)
-
-
-def _reply(answer: RankAnswer) -> RankReply:
-    try:
-        value = msgspec.msgpack.decode(answer.value) if answer.value else None
-    except msgspec.MsgspecError as error:
-        text = f"the reply of rank {answer.rank} does not decode: {error}"
-        return RankReply(answer.rank, ok=False, error=ErrorInfo(kind="protocol", text=text, rank=answer.rank))
-    return RankReply(answer.rank, answer.ok, value, answer.error)

@@ -43,6 +43,11 @@ def _boolean(field: str, value: object) -> None:
 def _text(field: str, value: object) -> None:
     if not isinstance(value, str) or not value:
         raise InvalidConfig(field, value, "a string that is not empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # A path of bytes that are no UTF-8, too: every process is told it as JSON.
+        raise InvalidConfig(field, ascii(value), "text that is Unicode") from None
 
 
 def _one_of(field: str, value: object, valid: tuple[str, ...]) -> None:

@@ -51,7 +51,9 @@ async def _encode(prompt: str, tokenizer: Tokenizer) -> list[int]:
     if (place := lone_surrogate(prompt)) is not None:
         raise InvalidRequest("prompt", f"a lone surrogate at character {place}", "text that is Unicode")
     if len(prompt) > _ENCODE_IN_THREAD:
-        return list((await asyncio.to_thread(tokenizer.encode, prompt)).ids)
+        # A batch, because only that lets go of the interpreter's lock; the loop would stand still for seconds.
+        (encoded,) = await asyncio.to_thread(tokenizer.encode_batch, [prompt])
+        return list(encoded.ids)
     return list(tokenizer.encode(prompt).ids)
 
 
@@ -61,6 +63,8 @@ def _whole_numbers(prompt: object) -> list[int]:
     if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence | np.ndarray):
         raise InvalidRequest("prompt", type(prompt).__name__, valid)
     ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+    if not isinstance(ids, Sequence):
+        raise InvalidRequest("prompt", "an array without a dimension", valid)
     try:
         if any(isinstance(item, bool) for item in ids):
             raise TypeError
@@ -97,6 +101,10 @@ def submit_message(
     data_parallel_rank: int | None,
 ) -> Submit:
     """The Submit of a request, with call id 0. Raises :class:`InvalidRequest` for what does not fit the model."""
+    if len(ids) >= info.max_model_len:
+        # The engine checks this too, and more; but a frame beyond its limit would end the whole connection.
+        valid = f"at most {info.max_model_len - 1} tokens (max_model_len {info.max_model_len} less one to generate)"
+        raise InvalidRequest("prompt", f"{len(ids)} tokens", valid)
     stop_ids = tuple(params.stop_token_ids or ())
     if stop_ids and max(stop_ids) >= info.vocab_size:
         raise InvalidRequest("stop_token_ids", max(stop_ids), f"token ids 0 to {info.vocab_size - 1}")

@@ -124,6 +124,9 @@ async def test_token_ids_of_numpy_and_text_make_the_same_prompt(served: Served) 
         (None, "NoneType"),
         ("a\ud800", "surrogate"),
         (np.array([1.5]), "float"),
+        (np.array(5), "without a dimension"),
+        ([1] * 1000, "1000 tokens"),
+        ("x" * 60_000, "60000 tokens"),
     ],
 )
 async def test_a_prompt_that_cannot_be_served_is_refused_with_what_was_found(
@@ -183,6 +186,7 @@ async def test_a_message_that_cannot_be_encoded_fails_its_sender_alone(served: S
         ({"method": "ping", "args": (2**70,)}, "args"),
         ({"method": "ping", "args": (object(),)}, "args"),
         ({"method": "ping", "args": ("\ud800",)}, "args"),
+        ({"method": "ping", "args": (b"x" * (1 << 20),)}, "args"),
     ],
 )
 async def test_a_control_call_that_cannot_travel_is_refused_by_name(

@@ -48,6 +48,8 @@ REFUSED: list[tuple[Callable[[], object], str, str, str]] = [
     (make(FaultConfig, start_deadline_s=-1.0), "start_deadline_s", "-1.0", "above 0"),
     (make(EngineConfig, model=""), "model", "", "not empty"),
     (make(EngineConfig, model=7), "model", "7", "string"),
+    (make(EngineConfig, model=Path("/models/\udcff")), "model", "udcff", "Unicode"),
+    (make(EngineConfig, model="demo", served_model_name="\ud800"), "served_model_name", "ud800", "Unicode"),
     (make(EngineConfig, model="demo", tokenizer=""), "tokenizer", "", "not empty"),
     (make(EngineConfig, model="demo", dtype="float8"), "dtype", "float8", "float32"),
     (make(EngineConfig, model="demo", max_model_len=0), "max_model_len", "0", "None"),

@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import signal
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -156,16 +157,52 @@ async def start_local(config: EngineConfig, on_event: Callable[[Event], None] | 
 def make_runtime_dir() -> str:
     """A new private folder whose path leaves room for a socket's name. Raises InvalidConfig when there is none."""
     tried: list[str] = []
-    for base in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
+    for base in (os.environ.get("XDG_RUNTIME_DIR"), _temporary(), "/tmp"):
         if not base or not Path(base).is_dir() or not os.access(base, os.W_OK | os.X_OK):
             continue
+        base = str(Path(base).absolute())
         # mkdtemp adds eight characters to the prefix.
         length = len(os.fsencode(base)) + 1 + len(RUNTIME_PREFIX) + 8 + len(_LONGEST_NAME)
-        if length <= MAX_IPC_PATH_BYTES:
-            return tempfile.mkdtemp(prefix=RUNTIME_PREFIX, dir=base)
-        tried.append(f"{base} ({length} bytes)")
+        if length > MAX_IPC_PATH_BYTES:
+            tried.append(f"{base} ({length} bytes)")
+        elif not _is_text(base):
+            tried.append(f"{base!a} (not UTF-8)")
+        else:
+            try:
+                return _made(base)
+            except OSError as error:
+                tried.append(f"{base} ({error.strerror})")
     raise InvalidConfig(
         "TMPDIR",
         ", ".join(tried) or "no writable folder",
         f"a writable folder in which a socket's path has at most {MAX_IPC_PATH_BYTES} bytes",
     )
+
+
+def _temporary() -> str | None:
+    """The folder for temporary files; None when Python can write to none of those that it tries."""
+    try:
+        return tempfile.gettempdir()
+    except OSError:
+        return None
+
+
+def _made(base: str) -> str:
+    """A private folder in ``base`` in which a socket can be made: a full disk may have room for the one alone."""
+    path = tempfile.mkdtemp(prefix=RUNTIME_PREFIX, dir=base)
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(f"{path}/probe")
+        Path(f"{path}/probe").unlink()
+    except BaseException:
+        remove_runtime_dir(path)
+        raise
+    return path
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

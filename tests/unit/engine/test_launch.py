@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
+import tempfile
 from pathlib import Path
 
 import msgspec
@@ -127,3 +129,35 @@ def test_only_a_folder_of_ours_is_ever_removed(tmp_path: Path) -> None:
     remove_runtime_dir(str(link))
     remove_runtime_dir(str(tmp_path / "drumline-none"))
     assert other.is_dir()
+
+
+def test_a_folder_that_is_full_is_passed_over_and_one_that_is_all_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = tempfile.mkdtemp
+
+    def full(**where: str) -> str:
+        if where["dir"] == str(tmp_path) or everything:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(**where)
+
+    everything = False
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    path = make_runtime_dir()
+    remove_runtime_dir(path)
+    assert Path(path).parent == Path("/tmp")
+    everything = True
+    with pytest.raises(InvalidConfig, match="No space left on device"):
+        make_runtime_dir()
+
+
+def test_a_folder_whose_name_is_not_utf8_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        odd = Path(os.fsdecode(os.fsencode(parent) + b"/\xff"))
+        odd.mkdir()
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(odd))
+        path = make_runtime_dir()
+        remove_runtime_dir(path)
+        assert not path.startswith(str(odd))

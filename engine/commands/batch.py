@@ -7,8 +7,14 @@ request ends. A line that cannot be served becomes a line that says so; the othe
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
+import stat
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 import msgspec
@@ -88,7 +94,7 @@ class Batch:
             self._out.write(b"".join(msgspec.json.encode(record) + b"\n" for record in records))
             self._out.flush()
         except OSError as error:
-            raise DrumlineError(f"the output file cannot be written: {error.strerror}") from error
+            raise _unwritable(error) from error
 
 
 def most_running(config: EngineConfig) -> int:
@@ -103,7 +109,7 @@ def parse_line(number: int, line: bytes, defaults: dict[str, Any]) -> Prompt:
     """
     try:
         fields = msgspec.json.decode(line)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest("line", f"line {number}: {error}", "a JSON object") from None
     if not isinstance(fields, dict):
         raise InvalidRequest("line", f"line {number}: {type(fields).__name__}", "a JSON object")
@@ -122,10 +128,66 @@ def parse_line(number: int, line: bytes, defaults: dict[str, Any]) -> Prompt:
     return Prompt(f"line-{number}" if request_id is None else request_id, prompt, params)
 
 
-def count_lines(path: Path) -> int:
-    """Lines that hold something."""
-    with path.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
+async def open_lines(path: Path) -> tuple[BinaryIO, int]:
+    """The file, and how many lines in it hold something. A pipe is read to its end first: it can be read only once,
+    and a wait for its next line would stop the event loop.
+
+    In a thread of its own, which nobody waits for when the command is interrupted: a pipe may never end.
+    """
+    loop = asyncio.get_running_loop()
+    opened: asyncio.Future[tuple[BinaryIO, int]] = loop.create_future()
+
+    def work() -> None:
+        found: tuple[BinaryIO, int] | OSError
+        try:
+            found = _open_and_count(path)
+        except OSError as error:
+            found = error
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, found)
+
+    def settle(found: tuple[BinaryIO, int] | OSError) -> None:
+        if opened.done():
+            return
+        if isinstance(found, OSError):
+            opened.set_exception(found)
+        else:
+            opened.set_result(found)
+
+    threading.Thread(target=work, name="reading the input file", daemon=True).start()
+    return await opened
+
+
+def _open_and_count(path: Path) -> tuple[BinaryIO, int]:
+    lines: BinaryIO = path.open("rb")
+    if not stat.S_ISREG(os.fstat(lines.fileno()).st_mode):
+        with lines as pipe:
+            lines = TemporaryFile()  # noqa: SIM115
+            shutil.copyfileobj(pipe, lines)
+        lines.seek(0)
+    total = sum(1 for line in lines if line.strip())
+    lines.seek(0)
+    return lines, total
+
+
+@contextmanager
+def output_lines(path: Path) -> Iterator[BinaryIO]:
+    """The file, empty. Raises DrumlineError when its end cannot be written, unless another error is on its way."""
+    out = path.open("wb")
+    try:
+        yield out
+    except BaseException:
+        with suppress(OSError):
+            out.close()
+        raise
+    try:
+        out.close()
+    except OSError as error:
+        raise _unwritable(error) from error
+
+
+def _unwritable(error: OSError) -> DrumlineError:
+    return DrumlineError(f"the output file cannot be written: {error.strerror}")
 
 
 def _numbered_lines(lines: BinaryIO) -> Iterator[tuple[int, bytes]]:

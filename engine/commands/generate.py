@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from drumline.engine.client import AsyncEngine
-from drumline.engine.commands.batch import Batch, count_lines
+from drumline.engine.commands.batch import Batch, open_lines, output_lines
 from drumline.engine.commands.engine_options import engine_config, engine_options
 from drumline.engine.commands.one_request import Prompt, Tally, run_request
-from drumline.engine.commands.running import FAILED, complain, one_line, run_command
+from drumline.engine.commands.running import FAILED, complain, one_line, run_command, writing_stdout
 from drumline.engine.commands.sampling_options import sampling_fields, sampling_options
 from drumline.engine.commands.start_progress import StartProgress
 from drumline.engine.commands.transcript import Transcript
@@ -213,8 +213,7 @@ async def _run_file(
     engine = AsyncEngine(config, on_event=progress)
     collected: list[dict[str, Any]] = []
     with ExitStack() as files:
-        lines, out = _open(files, input_file, output_file)
-        total = await asyncio.to_thread(count_lines, input_file)
+        lines, total, out = await _open(files, input_file, output_file)
         try:
             with progress:
                 await engine.start()
@@ -241,11 +240,15 @@ async def _run_file(
             await engine.close()
 
 
-def _open(files: ExitStack, input_file: Path, output_file: Path) -> tuple[BinaryIO, BinaryIO]:
+async def _open(files: ExitStack, input_file: Path, output_file: Path) -> tuple[BinaryIO, int, BinaryIO]:
+    """The lines, how many there are, and where results go."""
     try:
-        return files.enter_context(input_file.open("rb")), files.enter_context(output_file.open("wb"))
+        lines, total = await open_lines(input_file)
+        files.callback(lines.close)
+        return lines, total, files.enter_context(output_lines(output_file))
     except OSError as error:
-        raise InvalidRequest("file", f"{error.filename} ({error.strerror})", "files that can be opened") from None
+        found = f"{error.filename or input_file} ({error.strerror})"
+        raise InvalidRequest("file", found, "files that can be opened") from None
 
 
 def _bar(console: Console) -> Progress:
@@ -273,8 +276,9 @@ async def _print_json(engine: AsyncEngine, records: list[dict[str, Any]], timing
     outputs = ",\n    ".join(_json(record) for record in records)
     document = f'{{\n  "model": {model},\n  "outputs": [\n    {outputs}\n  ],\n'
     document += f'  "timings": {_json(timings)},\n  "counters": {counters}\n}}\n'
-    sys.stdout.buffer.write(document.encode())
-    sys.stdout.buffer.flush()
+    with writing_stdout():
+        sys.stdout.buffer.write(document.encode())
+        sys.stdout.buffer.flush()
 
 
 def _json(value: object) -> str:

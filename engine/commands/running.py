@@ -11,7 +11,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
@@ -25,6 +26,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def run_command(work: Callable[[], Coroutine[Any, Any, int]]) -> NoReturn:
     """Runs ``work`` and exits with the status that it returns, or with that of what ended it."""
+    _open_standard_streams()
     # A terminal that cannot show a character shows a question mark; it is no reason to stop.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
@@ -34,7 +36,41 @@ def run_command(work: Callable[[], Coroutine[Any, Any, int]]) -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:
         status = _reader_is_gone()
+    except OSError:
+        # Told when it was written; what is left in the buffer must not be told again by Python at exit.
+        _drop_stdout()
+        status = status or FAILED
     sys.exit(status)
+
+
+def _open_standard_streams() -> None:
+    """Gives back what the caller has closed (``>&-``), lest a socket or a loop gets its number: libuv aborts on that.
+
+    A closed stdin is empty, a closed stderr swallows, a closed stdout refuses to be written, as it does everywhere.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+@contextmanager
+def writing_stdout() -> Iterator[None]:
+    """A stdout that cannot be written is an error that is told; a reader that has left is none."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise DrumlineError(f"stdout cannot be written: {error.strerror}") from error
 
 
 async def _guarded(work: Callable[[], Coroutine[Any, Any, int]]) -> int:
@@ -79,7 +115,11 @@ def one_line(error: DrumlineError) -> str:
 
 def _reader_is_gone() -> int:
     """Whoever read stdout has left, as ``head`` does: say nothing, and let nothing be written at exit."""
+    _drop_stdout()
+    return 128 + signal.SIGPIPE
+
+
+def _drop_stdout() -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, sys.stdout.fileno())
     os.close(silence)
-    return 128 + signal.SIGPIPE

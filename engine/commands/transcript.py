@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TextIO
 
+from drumline.engine.commands.running import writing_stdout
+
 
 class Transcript:
     """Blocks of text in a fixed order. The first that has not ended is written as its text arrives; what arrives for a
@@ -55,5 +57,6 @@ class Transcript:
     def _write(self, text: str) -> None:
         if text:
             self._ends_with_newline = text.endswith("\n")
-            self._out.write(text)
-            self._out.flush()
+            with writing_stdout():
+                self._out.write(text)
+                self._out.flush()

@@ -227,3 +227,62 @@ def test_a_model_without_tokenizer_serves_token_ids_and_refuses_text(temporary: 
     served, refused = sorted(lines_of(results), key=lambda line: str(line["request_id"]))
     assert (served["text"], len(served["token_ids"])) == ("", 16)
     assert "tokenizer.json" in refused["error"]["text"]
+
+
+def test_a_batch_may_come_through_a_pipe(temporary: Path, tmp_path: Path) -> None:
+    results = tmp_path / "out.jsonl"
+    lines = '{"prompt": "a", "max_tokens": 2}\r\n\r\n{"prompt": "b", "max_tokens": 2}'
+    flags = ["--input-file", "/dev/stdin", "--output-file", str(results), *SMALL]
+    done = subprocess.run(
+        [*COMMAND, *flags], input=lines, env=environment(temporary), capture_output=True, text=True, timeout=100,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 lines finished" in done.stderr
+    assert sorted(line["request_id"] for line in lines_of(results)) == ["line-1", "line-3"]
+
+
+def test_ctrl_c_ends_the_wait_for_a_pipe_that_says_nothing(temporary: Path, tmp_path: Path) -> None:
+    silent = tmp_path / "silent"
+    os.mkfifo(silent)
+    with running(
+        temporary, "--input-file", str(silent), "--output-file", str(tmp_path / "out.jsonl"), *SMALL
+    ) as process:
+        time.sleep(2.0)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+    assert process.returncode in (130, -signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("flags", "redirection", "named"),
+    [
+        ("--prompt x", "> /dev/full", "stdout cannot be written: No space left on device"),
+        ("--prompt x --json", "> /dev/full", "stdout cannot be written: No space left on device"),
+        ("--prompt x", ">&-", "stdout cannot be written: Bad file descriptor"),
+        ("--input-file {lines} --output-file /dev/full", "", "output file cannot be written: No space left on device"),
+    ],
+)
+def test_output_that_cannot_be_written_is_told_in_one_line(
+    temporary: Path, tmp_path: Path, flags: str, redirection: str, named: str
+) -> None:
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('{"prompt": "x"}\n')
+    command = " ".join(f"'{part}'" for part in [*COMMAND, *SMALL])
+    script = f"{command} {flags.format(lines=lines)} --max-tokens 2 {redirection}"
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment(temporary), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert named in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_stdin_and_stderr_may_be_closed(temporary: Path) -> None:
+    command = " ".join(f"'{part}'" for part in [*COMMAND, *SMALL])
+    script = f"{command} --prompt x --max-tokens 2 --temperature 0 <&- 2>&-"
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment(temporary), capture_output=True, timeout=100, check=False
+    )
+    assert done.returncode == 0
+    assert done.stdout

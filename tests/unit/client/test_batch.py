@@ -23,6 +23,8 @@ def test_a_line_may_bring_token_ids_and_a_request_id() -> None:
     [
         (b"{", "line 7"),
         (b"[1]", "line 7"),
+        (b'{"prompt": "\xff"}', "line 7"),
+        (b"[" * 100_000, "line 7"),
         (b'{"prompt": "x", "prompt_token_ids": [1]}', "prompt and prompt_token_ids"),
         (b"{}", "none"),
         (b'{"prompt": 3}', "prompt"),

@@ -12,10 +12,10 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -26,6 +26,8 @@ from drumline.protocol.stateless import StatelessGroup, connect_store, group_pre
 from drumline.workers.abort import AbortFlag, EpochAborted
 from drumline.workers.mailboxes import Mailboxes, open_mailboxes
 from drumline.workers.progress import Progress
+
+T = TypeVar("T")
 
 SLICE_S = 0.05
 COLLECTIVE_DEADLINE_S = 120.0
@@ -76,14 +78,19 @@ class GroupPlace:
 
 @dataclass(frozen=True, slots=True)
 class Formed:
-    """A process group of torch, and the memory that its ranks share where they can."""
+    """The memory that the ranks share where they can, and the process group of torch: ``group`` or, while it has not
+    been needed, None; ``connect`` makes it, on all ranks at once."""
 
     group: Any
     mailboxes: Mailboxes | None
+    connect: Callable[[], Any]
 
 
 class GroupCoordinator:
     """One process group, its collectives, their deadlines. Used by the main thread alone.
+
+    Where ranks share memory, sockets are connected at the first collective that goes over them: gloo's thread wakes a
+    hundred times a second from then on, in an idle engine too.
 
     Errors of every collective: EpochAborted, PeerLost, GroupTimeout. After any of them the group is of no use and
     :meth:`close` must be called.
@@ -96,6 +103,8 @@ class GroupCoordinator:
         self.size = place.size
         self.device = place.device
         self._group = formed.group
+        self._connect = formed.connect
+        self._closed = False
         self._place = place
         self._abort = abort
         self._progress = progress
@@ -107,6 +116,8 @@ class GroupCoordinator:
         Both tensors are contiguous, of one dtype and row width; splits may be 0. Blocks until the rows are there.
         """
         with self.collective():
+            if self._group is None:
+                self._group = _aside(self._connect, self.name, self._place, self._abort, FORM_DEADLINE_S)
             self._pending = self._group.alltoall_base(output, source, output_splits, source_splits)
             self._wait()
 
@@ -123,7 +134,7 @@ class GroupCoordinator:
     def check_epoch(self) -> None:
         """Raises EpochAborted when the epoch is over or the group is closed."""
         self._abort.check(self._place.term, self._place.epoch)
-        if self._group is None:
+        if self._closed:
             raise EpochAborted(f"group {self.name} of epoch {self._place.epoch} is closed")
 
     def check_counts(self, counts: Sequence[int], own: int) -> None:
@@ -142,12 +153,15 @@ class GroupCoordinator:
 
     def close(self) -> None:
         """Give the group up. Never blocks, whatever is pending."""
+        if self._closed:
+            return
+        self._closed = True
         remains = [self._pending, self._group]
         self._pending = self._group = None
-        if remains[1] is None:
-            return
         if self.mailboxes is not None:
             self.mailboxes.leave()
+        if remains[1] is None:
+            return
         if self.device.type == "cuda":
             remains.insert(0, remains[1].abort)
         threading.Thread(target=_bury, args=(remains,), name=f"drop-{self.name}", daemon=True).start()
@@ -202,16 +216,6 @@ class GroupCoordinator:
         return ""
 
 
-class _Forming:
-    """The outcome of a side thread that forms a group."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.abandoned = threading.Event()
-        self.formed: Formed | None = None
-        self.error: Exception | None = None
-
-
 def form_group(
     name: str, place: GroupPlace, abort: AbortFlag, progress: Progress, deadline_s: float = FORM_DEADLINE_S
 ) -> GroupCoordinator:
@@ -225,32 +229,41 @@ def form_group(
         GroupTimeout: all came, and the connections were not made in time.
         PeerLost: a rank went away while the connections were made.
     """
-    forming = _Forming()
+    abandoned = threading.Event()
+    try:
+        formed = _aside(lambda: _meet(name, place, deadline_s, abandoned), name, place, abort, deadline_s)
+    finally:
+        abandoned.set()
+    return GroupCoordinator(name, formed, place, abort, progress)
+
+
+def _aside(work: Callable[[], T], name: str, place: GroupPlace, abort: AbortFlag, deadline_s: float) -> T:
+    """What ``work`` returns, run on a thread that is left behind when the epoch ends or the deadline passes."""
+    results: list[T] = []
+    errors: list[Exception] = []
+    done = threading.Event()
 
     def run() -> None:
         try:
-            forming.formed = _connect(name, place, deadline_s, forming.abandoned)
+            results.append(work())
         except Exception as error:  # carried to the main thread, which raises it
-            forming.error = error
-        forming.done.set()
+            errors.append(error)
+        done.set()
 
     threading.Thread(target=run, name=f"form-{name}", daemon=True).start()
     deadline = time.monotonic() + deadline_s + _GRACE_S
-    try:
-        while not forming.done.wait(SLICE_S):
-            abort.check(place.term, place.epoch)
-            if time.monotonic() > deadline:
-                raise GroupTimeout(f"group {name} of epoch {place.epoch} was not formed within {deadline_s:g} s")
-    finally:
-        forming.abandoned.set()
-    if isinstance(forming.error, DrumlineError):
-        raise forming.error
-    if forming.formed is None:
-        raise PeerLost(f"group {name} of epoch {place.epoch} could not be formed: {forming.error}") from forming.error
-    return GroupCoordinator(name, forming.formed, place, abort, progress)
+    while not done.wait(SLICE_S):
+        abort.check(place.term, place.epoch)
+        if time.monotonic() > deadline:
+            raise GroupTimeout(f"group {name} of epoch {place.epoch} was not formed within {deadline_s:g} s")
+    if results:
+        return results[0]
+    if isinstance(errors[0], DrumlineError):
+        raise errors[0]
+    raise PeerLost(f"group {name} of epoch {place.epoch} could not be formed: {errors[0]}") from errors[0]
 
 
-def _connect(name: str, place: GroupPlace, deadline_s: float, abandoned: threading.Event) -> Formed:
+def _meet(name: str, place: GroupPlace, deadline_s: float, abandoned: threading.Event) -> Formed:
     end = time.monotonic() + deadline_s
     store = connect_store(place.store_host, place.store_port, deadline_s, abandoned)
     # Connecting tells nobody who is missing; a barrier before it does.
@@ -258,8 +271,10 @@ def _connect(name: str, place: GroupPlace, deadline_s: float, abandoned: threadi
     meeting.barrier(max(0.0, end - time.monotonic()))
     prefixed = PrefixStore(group_prefix(place.term, place.epoch, name), store)
     if place.device.type == "cuda":
-        return Formed(_connect_nccl(prefixed, place), None)
-    return Formed(_connect_gloo(prefixed, place), open_mailboxes(meeting, max(0.0, end - time.monotonic()), SLICE_S))
+        return Formed(_connect_nccl(prefixed, place), None, lambda: _connect_nccl(prefixed, place))
+    mailboxes = open_mailboxes(meeting, max(0.0, end - time.monotonic()), SLICE_S)
+    group = _connect_gloo(prefixed, place) if mailboxes is None else None
+    return Formed(group, mailboxes, lambda: _connect_gloo(prefixed, place))
 
 
 def _connect_gloo(store: PrefixStore, place: GroupPlace) -> Any:

@@ -1,9 +1,8 @@
-"""Who belongs to the engine, and how an epoch forms: messages in, messages out, with deadlines; no I/O.
+"""Who belongs to the engine: messages in, messages out, with deadlines; no I/O.
 
 A start: the supervisor says hello; every rank is spawned with a launch token drawn for it alone; its Hello is checked
-(token, version, incarnation) and welcomed. When all ranks of a lockstep group are there, the group's epoch forms:
-``OpenStore`` to its first rank when there is more than one, ``StoreReady``, ``Configure`` to all, ``Ready`` from all
-with the digest that each computed of its configuration. Every arrow has a deadline; who misses it is lost.
+(token, version, incarnation) and welcomed. When all ranks of a lockstep group are there, the group's epoch forms, which
+:mod:`~drumline.engine.core.epochs` sees to. Every message that is waited for has a deadline; who misses it is lost.
 
 Identity is (rank, incarnation). A launch token admits one incarnation: a second Hello with it is refused and counted,
 as is everything from a peer that has not said Hello, that speaks for another rank, or that belongs to an older
@@ -15,11 +14,9 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable
 
-import numpy as np
-
+from drumline.engine.core.epochs import Epochs
 from drumline.engine.core.evidence import Evidence
 from drumline.engine.core.members import (
-    EpochReady,
     GroupRecord,
     GroupStage,
     Loading,
@@ -36,20 +33,16 @@ from drumline.protocol.messages import (
     PROTOCOL_VERSION,
     BeatWorker,
     CallResult,
-    Configure,
     Exited,
     Fault,
     FromWorker,
     HelloSupervisor,
     HelloWorker,
-    Member,
-    OpenStore,
     Ready,
     Spawn,
     Spawned,
     StepDone,
     StoreReady,
-    ToWorker,
     WelcomeWorker,
 )
 
@@ -72,6 +65,7 @@ class Membership:
         self._rank_of: dict[bytes, RankRecord] = {}
         self._evidence = Evidence()
         self.refusals = Refusals()
+        self.epochs = Epochs(config, self.groups, self.ranks, self._evidence, self.refusals)
 
     @property
     def all_ready(self) -> bool:
@@ -149,53 +143,13 @@ class Membership:
         outputs: list[Output] = [ToPeer(record.rank, peer, welcome)]
         group = self.groups[record.group]
         if all(self.ranks[rank].peer is not None for rank in group.ranks):
-            outputs += self.begin_epoch(group.id, now)
+            outputs += self.epochs.begin(group.id, now)
         return outputs
 
     def _version_mismatch(self, rank: int, who: str, version: int, now: float) -> list[Output]:
         text = f"{who} speaks protocol version {version}, the coordinator speaks {PROTOCOL_VERSION}"
         self._evidence.final(rank, ErrorInfo(kind="protocol", text=text, rank=rank), now)
         return []
-
-    # ------------------------------------------------------------------------------------------------- epochs
-
-    def begin_epoch(self, group_id: int, now: float) -> list[Output]:
-        """Form the next epoch of a group whose ranks are all there."""
-        group = self.groups[group_id]
-        group.epoch += 1
-        for rank in group.ranks:
-            record = self.ranks[rank]
-            record.state = RankState.STARTING
-            record.ready = None
-            record.replied = -1
-            record.step = record.collective = 0
-            record.inside = False
-            record.progress_at = now
-        if len(group.ranks) == 1:
-            return self._configure(group, "", 0)
-        group.stage = GroupStage.OPENING_STORE
-        return self._to(group.ranks[0], OpenStore(self._config.term, group.epoch, self._config.store_host))
-
-    def _configure(self, group: GroupRecord, store_host: str, store_port: int) -> list[Output]:
-        group.stage = GroupStage.FORMING
-        members = tuple(Member(rank, self.ranks[rank].incarnation) for rank in group.ranks)
-        placement = self._config.placements.get(group.id)
-        if placement is None:
-            placement = np.zeros((0, 0), dtype=np.int32)
-        configure = Configure(
-            term=self._config.term,
-            epoch=group.epoch,
-            role="compute",
-            members=members,
-            store_host=store_host,
-            store_port=store_port,
-            placement=placement,
-        )
-        return [output for rank in group.ranks for output in self._to(rank, configure)]
-
-    def _to(self, rank: int, message: ToWorker) -> list[Output]:
-        peer = self.ranks[rank].peer
-        return [ToPeer(rank, peer, message)] if peer is not None else []
 
     # ------------------------------------------------------------------------------------------- what ranks say
 
@@ -240,9 +194,9 @@ class Membership:
         if isinstance(message, BeatWorker):
             return self._beat(record, message, now)
         if isinstance(message, StoreReady):
-            return self._store_ready(record, message, now)
+            return self.epochs.store_ready(record, message, now)
         if isinstance(message, Ready):
-            return self._ready(record, message, now)
+            return self.epochs.ready(record, message, now)
         return []
 
     def _beat(self, record: RankRecord, beat: BeatWorker, now: float) -> list[Output]:
@@ -257,44 +211,6 @@ class Membership:
         if progress != (record.step, record.collective, record.inside):
             record.step, record.collective, record.inside = progress
             record.progress_at = now
-        return outputs
-
-    def _store_ready(self, record: RankRecord, message: StoreReady, now: float) -> list[Output]:
-        group = self.groups[record.group]
-        if group.stage is not GroupStage.OPENING_STORE or record.rank != group.ranks[0]:
-            self.refusals.out_of_order += 1
-            return []
-        for rank in group.ranks:
-            self.ranks[rank].progress_at = now
-        return self._configure(group, message.host, message.port)
-
-    def _ready(self, record: RankRecord, message: Ready, now: float) -> list[Output]:
-        group = self.groups[record.group]
-        if group.stage is not GroupStage.FORMING or record.state is not RankState.STARTING:
-            self.refusals.out_of_order += 1
-            return []
-        record.progress_at = now
-        if message.digest != self._config.digest:
-            text = f"rank {record.rank} computed config digest {message.digest}, the coordinator {self._config.digest}"
-            self._evidence.final(record.rank, ErrorInfo(kind="protocol", text=text, rank=record.rank), now)
-            return []
-        if message.num_blocks < 1:
-            text = f"rank {record.rank} is ready with {message.num_blocks} KV blocks; at least 1 is needed"
-            self._evidence.final(record.rank, ErrorInfo(kind="protocol", text=text, rank=record.rank), now)
-            return []
-        record.ready = message
-        record.state = RankState.READY
-        outputs: list[Output] = []
-        loaded = message.weight_bytes
-        if (record.load_done, record.load_total) != (loaded, loaded):
-            # A load between two beats is told too.
-            record.load_done = record.load_total = loaded
-            outputs.append(Loading(record.rank, loaded, loaded))
-        ready = [self.ranks[rank].ready for rank in group.ranks]
-        blocks = tuple(one.num_blocks for one in ready if one is not None)
-        if len(blocks) == len(group.ranks):
-            group.stage = GroupStage.OPEN
-            outputs.append(EpochReady(group.id, group.epoch, blocks))
         return outputs
 
     # ----------------------------------------------------------------------------------------------- ends

@@ -386,7 +386,7 @@ def test_nothing_is_sent_to_the_dead() -> None:
 
 def test_a_later_epoch_forms_with_the_same_ranks_and_fences_the_former() -> None:
     one = opened()
-    assert outputs_of(one.begin_epoch(0, 5.0)) == [(peer(0), OpenStore(TERM, 2, "127.0.0.1"))]
+    assert outputs_of(one.epochs.begin(0, 5.0)) == [(peer(0), OpenStore(TERM, 2, "127.0.0.1"))]
     assert not one.accepts(peer(0), StepDone(TERM, 1, 0, 0, EMPTY, EMPTY))
     assert one.receive(peer(0), StoreReady(TERM, 1, 0, "127.0.0.1", 4242), 5.0) == []
     assert one.refusals.stale == 2

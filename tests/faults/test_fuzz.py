@@ -163,12 +163,20 @@ async def fuzz(endpoint: str, garbage: Garbage, hello: list[bytes] | None, frame
         await asyncio.sleep(0.2)
 
 
-async def read_all(engine: AsyncEngine, number: int) -> list[int]:
+async def read_all(engine: AsyncEngine, number: int, turn: int = 0) -> list[int]:
     params = SamplingParams(max_tokens=300, temperature=0.8, seed=number, ignore_eos=True)
     tokens: list[int] = []
-    async for output in engine.generate(f"Test number {number}", params, request_id=f"mine-{number}"):
+    async for output in engine.generate(f"Test number {number}", params, request_id=f"mine-{number}-{turn}"):
         tokens = list(output.token_ids)
     return tokens
+
+
+async def read_until(engine: AsyncEngine, number: int, over: asyncio.Event) -> list[list[int]]:
+    """The same request again and again, so that one runs at any moment until ``over``."""
+    turns: list[list[int]] = []
+    while not (turns and over.is_set()):
+        turns.append(await read_all(engine, number, len(turns)))
+    return turns
 
 
 def seen(status: EngineStatus, side: str) -> int:
@@ -199,7 +207,7 @@ async def counted_drop(engine: AsyncEngine, counter: str) -> EngineStatus:
 @pytest.mark.parametrize("side", ["client", "worker"])
 async def test_requests_finish_unharmed_and_memory_stays_flat(mark: str, side: str) -> None:
     async with running(TWO) as engine:
-        undisturbed = await asyncio.gather(*(read_all(engine, number) for number in range(REQUESTS)))
+        undisturbed = await asyncio.gather(*(read_all(engine, number, -1) for number in range(REQUESTS)))
         local = engine._local
         assert local is not None
         endpoint = f"ipc://{local.runtime_dir}/{side}.sock"
@@ -209,7 +217,8 @@ async def test_requests_finish_unharmed_and_memory_stays_flat(mark: str, side: s
         messages = CLIENT_MESSAGES if side == "client" else WORKER_MESSAGES
         before = seen(await engine.status(), side)
 
-        requests = [asyncio.create_task(read_all(engine, number)) for number in range(REQUESTS)]
+        over = asyncio.Event()
+        requests = [asyncio.create_task(read_until(engine, number, over)) for number in range(REQUESTS)]
         await fuzz(endpoint, Garbage(messages, union, seed=1), hello, FRAMES // 4)
         status = await counted(engine, side, before + FRAMES // 4)
         pid = status.coordinator.pid
@@ -217,7 +226,9 @@ async def test_requests_finish_unharmed_and_memory_stays_flat(mark: str, side: s
         await fuzz(endpoint, Garbage(messages, union, seed=2), hello, FRAMES - FRAMES // 4)
         status = await counted(engine, side, before + FRAMES)
         assert rss_bytes(pid) - warm < 24 * MIB
-        assert await asyncio.gather(*requests) == undisturbed
+        over.set()
+        for turns, expected in zip(await asyncio.gather(*requests), undisturbed, strict=True):
+            assert all(tokens == expected for tokens in turns)
 
         assert status.state == "ready"
         assert status.counters[f"{side}_frames_dropped"] > FRAMES // 2
@@ -246,4 +257,6 @@ async def test_peers_that_speak_no_zmtp_are_refused_and_oversized_frames_end_the
                 sockets[0].send(bytes(80 * MIB))
                 sockets[1].send_multipart([b"x"] * 500)
                 await counted_drop(engine, f"{side}_frames_misframed")
+                await counted_drop(engine, f"{side}_frames_disconnected")
+            await counted_drop(engine, f"{side}_frames_refused")
         assert len(await read_all(engine, 1)) == 300

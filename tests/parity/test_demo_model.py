@@ -23,6 +23,6 @@ def test_demo_model_writes_what_transformers_writes(prompt: str) -> None:
     driver.run([[stream]])
     driver.close()
     oracle = Oracle(DEMO)
-    assert oracle.judge(stream.prompt, stream.generated).equal
+    assert oracle.judge(stream.prompt, stream.generated).difference < 0
     expected = oracle.logits(stream.tokens)[len(stream.prompt) - 1 : -1]
     assert relative_error(torch.stack(stream.logits), expected) < TOLERANCE

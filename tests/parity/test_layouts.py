@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from functools import cache
 from pathlib import Path
@@ -19,9 +18,11 @@ from drumline.protocol.modelspec import ModelSpec
 from drumline.workers.noise import gumbel_noise
 from tests.checkpoints import VOCAB_SIZE, Checkpoints
 from tests.parity.engine_runs import NEW_TOKENS, Answer, answer, mixed_prompts, run_engine, scarce_config
-from tests.parity.oracle import TIE_MARGIN, Oracle, Verdict
+from tests.parity.oracle import Oracle, Verdict
 
 TOLERANCE = 1e-4
+# One stream in 500 may part at a tie; a run of 16 may hold that one.
+MAX_TIES = 1
 DEMO = Path(__file__).parents[2] / "engine" / "demo"
 LAYOUTS = [
     ("demo", 1, "linear"),
@@ -79,6 +80,7 @@ async def test_greedy_tokens_and_logprobs_are_those_of_transformers(
         worst = max(worst, logprob_error(oracle, one))
     print(f"{name} dp={dp}: largest relative error {worst:.1e}, ties {ties} of {len(answers)}, {status.counters}")
     assert worst < TOLERANCE
+    assert ties <= MAX_TIES
     for kind in ("preemptions", "chunked_prefills", "prefix_hit_tokens"):
         assert status.counters[kind] > 0, status.counters
     assert all(replica.blocks_free == replica.blocks_total for replica in status.replicas)
@@ -103,14 +105,16 @@ def judge_sampled(oracle: Oracle, one: Answer, params: SamplingParams) -> Verdic
     return Verdict(at, float(scores[at].max() - scores[at, ours[at]]))
 
 
-def same_or_tied(first: list[Answer], second: list[Answer], verdicts: list[Verdict]) -> int:
-    """How many streams are the same tokens; the others must part at a tie."""
-    same = 0
-    for one, other, verdict in zip(first, second, verdicts, strict=True):
-        if one.tokens == other.tokens:
-            same += 1
-        else:
-            assert verdict.margin < TIE_MARGIN
+def check_sampled(oracle: Oracle, answers: list[Answer], params: list[SamplingParams]) -> None:
+    """Every stream is what transformers' logits and the noise choose."""
+    verdicts = [judge_sampled(oracle, one, given) for one, given in zip(answers, params, strict=True)]
+    assert all(verdict.equal for verdict in verdicts), verdicts
+    assert sum(verdict.tie for verdict in verdicts) <= MAX_TIES, verdicts
+
+
+def count_same(first: list[Answer], second: list[Answer]) -> int:
+    same = sum(one.tokens == other.tokens for one, other in zip(first, second, strict=True))
+    assert same >= len(first) - MAX_TIES
     return same
 
 
@@ -125,8 +129,7 @@ async def test_sampled_tokens_depend_on_seed_and_position_alone(name: str, check
     ]
     oracle = oracle_of(folder)
     one_rank, _ = await run_engine(scarce_config(folder, 1, moe=True), prompts, params)
-    verdicts = [judge_sampled(oracle, one, given) for one, given in zip(one_rank, params, strict=True)]
-    assert all(verdict.equal for verdict in verdicts), verdicts
+    check_sampled(oracle, one_rank, params)
 
     # Other company: another order, another layout; then each alone.
     order = list(range(len(prompts)))
@@ -135,11 +138,13 @@ async def test_sampled_tokens_depend_on_seed_and_position_alone(name: str, check
         scarce_config(folder, 2, moe=True), [prompts[i] for i in order], [params[i] for i in order]
     )
     two_ranks = [shuffled[order.index(i)] for i in range(len(order))]
-    same = same_or_tied(one_rank, two_ranks, verdicts)
+    check_sampled(oracle, two_ranks, params)
+    same = count_same(one_rank, two_ranks)
 
     async with AsyncEngine(scarce_config(folder, 1, moe=True)) as engine:
         alone = [await answer(engine, prompts[i], params[i], f"alone-{i}") for i in range(4)]
-    same_alone = same_or_tied(one_rank[:4], alone, verdicts[:4])
+    check_sampled(oracle, alone, params[:4])
+    same_alone = count_same(one_rank[:4], alone)
     print(f"{name}: {same} of {len(prompts)} streams equal at dp=2 + EP, {same_alone} of 4 alone")
 
 
@@ -157,7 +162,6 @@ async def test_a_random_prompt_never_leaves_the_vocabulary(checkpoints: Checkpoi
         seen: dict[int, list[int]] = {}
         async for out in engine.generate([1, 2, 3], params):
             seen[out.index] = out.token_ids
-        await asyncio.sleep(0)
     assert sorted(seen) == [0, 1, 2]
     assert all(0 <= token < VOCAB_SIZE for tokens in seen.values() for token in tokens)
     assert len({tuple(tokens) for tokens in seen.values()}) == 3

@@ -358,7 +358,7 @@ async def test_a_worker_started_by_hand_reads_its_token_from_a_file(
         assert process.wait(10) == 0
 
 
-async def test_an_empty_step_costs_little_around_it(
+async def test_empty_steps_are_answered_in_order_without_tokens(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
 ) -> None:
     pid, _ = await _start_one(forkserver, coordinator, checkpoints("qwen3-moe"))

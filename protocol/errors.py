@@ -30,34 +30,44 @@ class DrumlineError(Exception):
     """Base of every error that drumline raises on purpose. Carries an :class:`ErrorInfo` in ``info``."""
 
     kind = "internal"
+    """What went wrong; an instance says what its ``info`` says, which may be narrower than its class."""
     retryable = False
+    """Whether the same again may succeed."""
 
     def __init__(self, text: str, info: ErrorInfo | None = None) -> None:
         super().__init__(text)
         self.info = info if info is not None else ErrorInfo(kind=self.kind, text=text, retryable=self.retryable)
+        self.kind = self.info.kind
+        self.retryable = self.info.retryable
 
     @property
     def text(self) -> str:
+        """The message."""
         return self.info.text
 
     @property
     def rank(self) -> int:
+        """The global rank at fault, or -1."""
         return self.info.rank
 
     @property
     def incarnation(self) -> str:
+        """Which process of that rank, or empty."""
         return self.info.incarnation
 
     @property
     def epoch(self) -> int:
+        """The epoch in which it happened, or -1."""
         return self.info.epoch
 
     @property
     def step(self) -> int:
+        """The step in which it happened, or -1."""
         return self.info.step
 
     @property
     def traceback(self) -> str:
+        """Where it was raised, if it came from another process; else empty."""
         return self.info.traceback
 
 

@@ -1,5 +1,5 @@
-"""The coordinator: sockets in, core, sockets out. A process of its own (``python -m drumline.engine.coordinator``), or
-inline in an app's loop.
+"""The coordinator: sockets in, core, sockets out. A process of its own (:mod:`~drumline.engine.launch.coordinator`), or
+inline in an app's loop (:mod:`~drumline.engine.launch.inline`).
 
 Decisions are the core's; this shell owns the sockets, the clock and the tasks. Every task is supervised: one that dies
 ends the engine with a typed error that clients and the supervisor are told.
@@ -11,16 +11,12 @@ import asyncio
 import contextlib
 import enum
 import logging
-import os
 import secrets
-import signal
-import sys
 import traceback
 import uuid
 from typing import Any
 
 import msgspec
-import uvloop
 import zmq
 
 from drumline.engine.calls import RankCalls
@@ -29,13 +25,12 @@ from drumline.engine.client_port import ClientPort
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.evidence import Loss
 from drumline.engine.core.members import EpochReady, Loading
-from drumline.engine.launch.order import Order, Report, encode_line, log_to_stderr, read_order, remove_runtime_dir
-from drumline.engine.launch.owned_process import watch_owner
+from drumline.engine.launch.order import Order
 from drumline.engine.resolve import ResolvedConfig, resolve
 from drumline.engine.running_clock import TICK_S, RunningClock
 from drumline.engine.snapshot import engine_status
 from drumline.engine.worker_port import WorkerPort
-from drumline.protocol.errors import DrumlineError, ErrorInfo, ProtocolError
+from drumline.protocol.errors import ErrorInfo, ProtocolError
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
     CallRanks,
@@ -333,45 +328,3 @@ class Coordinator:
             connection = connections.numbered(number)
             if connection is not None:
                 connections.reply(connection, Failed(request_id, error))
-
-
-async def serve(order: Order) -> int:
-    """Run a coordinator as the process that it is. Returns the exit code."""
-    loop = asyncio.get_running_loop()
-    try:
-        coordinator = Coordinator(order)
-    except DrumlineError as error:
-        _report(error.info)
-        return 1
-    watch_owner(loop, 0, order.owner_pid, coordinator.owner_gone)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, coordinator.end, f"the coordinator got {signal.Signals(number).name}", None)
-    fatal = await coordinator.run()
-    if fatal is not None:
-        _report(fatal)
-    return 0 if fatal is None else 1
-
-
-def _report(error: ErrorInfo) -> None:
-    """The supervisor reads this line; one that is gone reads nothing."""
-    with contextlib.suppress(BrokenPipeError):
-        os.write(1, encode_line(Report("failed", os.getpid(), error)))
-
-
-def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    log_to_stderr("coordinator")
-    try:
-        order = read_order(0)
-    except DrumlineError as error:
-        log.critical(error.text)
-        return 2
-    try:
-        return uvloop.run(serve(order))
-    finally:
-        # The supervisor does this too; it may be the one that died.
-        remove_runtime_dir(order.runtime_dir)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -109,7 +109,7 @@ class Supervisor:
         if self._order.with_coordinator:
             self._coordinator = OwnedProcess(
                 self._loop,
-                "drumline.engine.coordinator",
+                "drumline.engine.launch.coordinator",
                 [],
                 on_output=self._coordinator_output,
                 on_exit=self._coordinator_ended,

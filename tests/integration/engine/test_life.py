@@ -50,7 +50,7 @@ async def test_start_serve_and_close_leave_no_process_and_no_file(
 async def test_the_coordinator_runs_in_the_apps_loop_when_told_to(mark: str) -> None:
     async with running(msgspec.structs.replace(TWO, inline=True)) as engine:
         inline = await eight_tokens(engine)
-        assert not any("drumline.engine.coordinator" in command for command in marked(mark).values())
+        assert not any("drumline.engine.launch.coordinator" in command for command in marked(mark).values())
     async with running(TWO) as engine:
         assert await eight_tokens(engine) == inline
 
@@ -61,7 +61,7 @@ async def test_the_status_shows_every_process_and_every_part(mark: str) -> None:
         status: EngineStatus = await engine.status()
         assert (status.state, status.term, status.journal) == ("ready", 1, "off")
         assert status.supervisor.pid == of_module(mark, "drumline.engine.supervisor")
-        assert status.coordinator.pid == of_module(mark, "drumline.engine.coordinator")
+        assert status.coordinator.pid == of_module(mark, "drumline.engine.launch.coordinator")
         assert [rank.pid for rank in status.ranks] == workers(mark)
         assert [(rank.rank, rank.dp_rank, rank.ep_rank, rank.state) for rank in status.ranks] == [
             (0, 0, 0, "ready"),

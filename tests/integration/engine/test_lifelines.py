@@ -89,7 +89,7 @@ def test_a_stopped_worker_does_not_outlive_a_killed_app(mark: str, runtime_root:
         wait_all_gone(mark, runtime_root)
 
 
-@pytest.mark.parametrize("module", ["drumline.engine.coordinator", "drumline.workers.forkserver"])
+@pytest.mark.parametrize("module", ["drumline.engine.launch.coordinator", "drumline.workers.forkserver"])
 def test_neither_a_stopped_coordinator_nor_forkserver_outlives_a_killed_app(
     mark: str, runtime_root: Path, module: str
 ) -> None:
@@ -117,7 +117,7 @@ async def test_a_killed_coordinator_ends_the_engine_and_the_app_is_told_how(mark
     async with running(TWO) as engine:
         stream = engine.generate("The", GREEDY)
         await anext(stream)
-        pid = of_module(mark, "drumline.engine.coordinator")
+        pid = of_module(mark, "drumline.engine.launch.coordinator")
         os.kill(pid, signal.SIGKILL)
         with pytest.raises((EngineClosed, RequestFailed), match=rf"coordinator \(pid {pid}\) ended with signal 9"):
             async for _ in stream:

@@ -30,6 +30,8 @@ fix: $(STAMP)  ## repairs what can be repaired
 
 bench: $(STAMP)
 	$(BIN)/drumline bench scheduler
+	$(BIN)/python -m tests.unit.protocol.measure
+	$(BIN)/python -m tests.benchmarks.idle --data-parallel-size 2
 
 soak: $(SOAKS)  ## each soak-* target for MINUTES
 

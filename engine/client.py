@@ -63,6 +63,7 @@ class AsyncEngine:
         self.config = config
         self._on_event = on_event
         self._timing = Timing(start_silence_s=config.faults.start_deadline_s + 30.0)
+        self._launching: asyncio.Task[LocalEngine] | None = None
         self._local: LocalEngine | None = None
         self._connection: Connection | None = None
         self._info: ModelInfo | None = None
@@ -93,17 +94,25 @@ class AsyncEngine:
         if on_event is not None:
             self._on_event = on_event
         try:
-            self._local = await start_local(self.config, self._tell)
+            self._launching = asyncio.create_task(start_local(self.config, self._tell))
+            await asyncio.wait([self._launching])
+            self._check_not_closing()
+            self._local = self._launching.result()
             self._connection = Connection(
                 self._local.client_endpoint, self._timing, self._tell, cause=self._local.failed
             )
             await self._enter(await self._connection.welcome)
+            self._check_not_closing()
         except EngineClosed as error:
             await self.close()
             raise StartFailed(error.text, msgspec.structs.replace(error.info, kind=StartFailed.kind)) from error
         except BaseException:
             await self.close()
             raise
+
+    def _check_not_closing(self) -> None:
+        if self._closing is not None:
+            raise EngineClosed("the engine is closed")
 
     async def _enter(self, welcome: WelcomeClient) -> None:
         if welcome.version != PROTOCOL_VERSION:
@@ -137,6 +146,12 @@ class AsyncEngine:
             raise
 
     async def _close(self) -> None:
+        if self._launching is not None and self._local is None:
+            # Closed in the middle of a start: what it has started by now must not outlive this.
+            self._launching.cancel()
+            await asyncio.wait([self._launching])
+            if not self._launching.cancelled() and self._launching.exception() is None:
+                self._local = self._launching.result()
         if self._connection is not None:
             await self._connection.close()
         if self._local is not None:
@@ -283,8 +298,7 @@ class AsyncEngine:
         return sorted((rank_reply(answer) for answer in result.answers), key=lambda reply: reply.rank)
 
     def _require_ready(self) -> tuple[Connection, ModelInfo]:
-        if self._closing is not None:
-            raise EngineClosed("the engine is closed")
+        self._check_not_closing()
         if self._connection is None or self._info is None:
             raise EngineClosed("the engine has not been started: use `async with AsyncEngine(config) as engine`")
         self._connection.check_open()

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +12,14 @@ from typing import Any
 import pytest
 
 from drumline.engine import AsyncEngine, EngineConfig, ParallelConfig, RequestOutput, SamplingParams
-from drumline.engine.errors import DuplicateRequest, EngineClosed, InvalidConfig, InvalidRequest, RequestFailed
+from drumline.engine.errors import (
+    DuplicateRequest,
+    EngineClosed,
+    InvalidConfig,
+    InvalidRequest,
+    RequestFailed,
+    StartFailed,
+)
 from tests.integration.app.conftest import WITHIN_S, idle, status_when
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
@@ -31,6 +39,10 @@ async def rest(stream: AsyncIterator[RequestOutput]) -> list[RequestOutput]:
 
 def left_over(paths: list[Path]) -> list[Path]:
     return [path for path in paths if path.exists()]
+
+
+def names_in(folder: str) -> list[str]:
+    return [path.name for path in Path(folder).iterdir()]
 
 
 async def last(engine: AsyncEngine, prompt: Any = PROMPT, **sampling: Any) -> RequestOutput:
@@ -211,6 +223,19 @@ async def test_closing_ends_a_running_request_and_leaves_nothing() -> None:
     assert "ready" in events
     with pytest.raises(EngineClosed):
         await engine.status()
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.02, 0.5])
+async def test_closing_in_the_middle_of_a_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch, after_s: float) -> None:
+    with tempfile.TemporaryDirectory(prefix="drumclose", dir="/tmp") as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        engine = AsyncEngine(EngineConfig(model="demo"))
+        start = asyncio.create_task(engine.start())
+        await asyncio.sleep(after_s)
+        await engine.close()
+        with pytest.raises(StartFailed):
+            await start
+        assert names_in(folder) == []
 
 
 async def test_a_killed_worker_ends_every_request_with_an_error_that_names_it() -> None:

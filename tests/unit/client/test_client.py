@@ -21,6 +21,7 @@ from drumline.engine.errors import (
     InvalidRequest,
     QueueFull,
     RequestFailed,
+    StartFailed,
 )
 from drumline.engine.outputs import RequestOutput
 from drumline.engine.sampling_params import SamplingParams
@@ -551,6 +552,37 @@ async def test_closing_wakes_every_reader_says_goodbye_and_may_be_repeated(
         for refused in (engine.status(), engine.cancel("r"), engine.start(), anext(engine.generate("hi"))):
             with pytest.raises(EngineClosed):
                 await within(refused)
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+async def test_closing_in_the_middle_of_a_start_leaves_nothing_running(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, swallows: bool
+) -> None:
+    """``swallows``: the processes were already there when the launch was cancelled."""
+    fake = FakeCoordinator(f"ipc://{tmp_path}/client.sock")
+    launching = asyncio.Event()
+    ended: list[str] = []
+
+    async def start_local(config: EngineConfig, on_event: object) -> FakeCoordinator:
+        launching.set()
+        try:
+            await asyncio.sleep(60.0)
+        except asyncio.CancelledError:
+            ended.append("launch")
+            if not swallows:
+                raise
+        return fake
+
+    monkeypatch.setattr(client, "start_local", start_local)
+    engine = AsyncEngine(EngineConfig(model="demo"))
+    start = asyncio.create_task(engine.start())
+    await within(launching.wait())
+    await within(engine.close())
+    assert ended == ["launch"]
+    assert fake.closed is swallows
+    with pytest.raises(StartFailed, match="closed"):
+        await within(start)
+    await fake.close()
 
 
 async def test_an_engine_that_was_not_started_says_so() -> None:

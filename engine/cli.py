@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 from importlib.metadata import version
 
 import click
@@ -27,6 +28,13 @@ class LazyGroup(click.Group):
         if not isinstance(command, click.Command):
             raise TypeError(f"{home[0]} is no command")
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Ctrl-C has the same status while a command is being imported as while it runs; click's own would be 1."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(128 + signal.SIGINT)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -27,6 +27,7 @@ from drumline.protocol.errors import (
     InvalidConfig,
     InvalidRequest,
     ProtocolError,
+    RequestFailed,
     StartFailed,
 )
 from drumline.protocol.messages import (
@@ -228,8 +229,10 @@ class AsyncEngine:
         connection.inbox.add(stream)
         try:
             await connection.call(_numbered(submit), f"submit {request_id!r}")
-        except DrumlineError:
+        except DrumlineError as error:
             connection.inbox.remove(stream)
+            if isinstance(error, RequestFailed):
+                connection.cancel_quietly(request_id)  # no answer in time: it may have been accepted all the same
             raise
         except BaseException:
             self._leave(stream)

@@ -159,7 +159,7 @@ class EngineConfig(Settings, frozen=True):
     ``tokenizer``: a folder or a tokenizer.json, when it is not the model's own. ``max_model_len``: None takes the
     model's own. ``dtype``: "auto" computes in float32. ``journal``: None or "off". ``endpoint``: None, the sockets lie
     in a private folder of the engine. ``inline`` runs the coordinator in the app's event loop, not in a process of its
-    own. ``fault_injection`` makes workers obey injected faults (tests).
+    own. ``fault_injection``: False.
     """
 
     model: str
@@ -198,7 +198,8 @@ class EngineConfig(Settings, frozen=True):
         if self.endpoint is not None:
             raise InvalidConfig("endpoint", self.endpoint, "None: this version serves only the app that started it")
         _boolean("inline", self.inline)
-        _boolean("fault_injection", self.fault_injection)
+        if self.fault_injection is not False:
+            raise InvalidConfig("fault_injection", self.fault_injection, "False: this version injects no faults")
         if self.max_model_len is not None:
             check_chunked_prefill(self.scheduler, self.max_model_len)
 

@@ -22,6 +22,7 @@ import msgspec
 import zmq
 
 from drumline.engine.inbox import Inbox
+from drumline.engine.streams import RequestStream
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import EngineClosed, ErrorInfo, RequestFailed, from_info
 from drumline.protocol.messages import (
@@ -80,6 +81,7 @@ class Connection:
         self._call_ids = itertools.count(1)
         self.inbox = Inbox(self.next_call_id)
         self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._cancels: dict[int, RequestStream | None] = {}
         self._unsent: collections.deque[FromClient] = collections.deque()
         self._heard = False
         self._cause = cause
@@ -100,6 +102,9 @@ class Connection:
     def post(self, message: FromClient) -> None:
         """Sends ``message``, or keeps it until the socket takes it again. What is kept is bounded by live requests."""
         if self.error is None:
+            if isinstance(message, Cancel):
+                # By the time of the confirmation the id may be that of another request.
+                self._cancels[message.call_id] = self.inbox.requests.get(message.request_id)
             self._unsent.append(message)
             self._flush()
 
@@ -175,7 +180,7 @@ class Connection:
                 self.inbox.accepted(message)
                 self._answer(message.call_id, message)
             case Cancelled():
-                self.inbox.cancelled(message.request_id)
+                self.inbox.cancelled(self._cancels.pop(message.call_id, None))
                 self._answer(message.call_id, message)
             case StatusReport() | CallRanksResult():
                 self._answer(message.call_id, message)
@@ -191,6 +196,7 @@ class Connection:
             waiting.set_result(answer)
 
     def _reject(self, message: Rejected) -> None:
+        self._cancels.pop(message.call_id, None)
         waiting = self._calls.pop(message.call_id, None)
         if waiting is not None:
             if not waiting.done():

@@ -234,7 +234,7 @@ class Coordinator:
         ranks = len(self.workers.membership.ranks)
         self.clients.connections.reply(connection, Event("starting", f"starting {ranks} worker processes"))
         for warning in self.resolved.warnings:
-            self.clients.connections.reply(connection, Event("starting", warning))
+            self.clients.connections.reply(connection, Event("warning", warning))
 
     def status_json(self, now: float) -> bytes:
         return msgspec.json.encode(engine_status(self, self._calls.late_replies, now))

@@ -57,10 +57,9 @@ class Inbox:
             stream.num_cached_tokens = message.num_cached_tokens
             self._bind(stream, message.handles.tolist())
 
-    def cancelled(self, request_id: str) -> None:
-        """The engine has freed the request: whatever still ran ends as aborted."""
-        stream = self.requests.get(request_id)
-        if stream is not None:
+    def cancelled(self, stream: RequestStream | None) -> None:
+        """The engine has freed the request that a cancel meant: whatever still ran of it ends as aborted."""
+        if stream is not None and self.requests.get(stream.request_id) is stream:
             stream.abort()
             self.remove(stream)
 

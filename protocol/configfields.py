@@ -38,13 +38,13 @@ class ConfigFields:
             raise self.invalid(name, value, "an object")
         return ConfigFields(value, self._path, f"{self._prefix}{name}.")
 
-    def integer(self, name: str, *, minimum: int, default: int | None = None) -> int:
-        """A whole number of at least ``minimum`` (and below 2**31, so that every product of two stays exact)."""
+    def integer(self, name: str, *, minimum: int, maximum: int = (1 << 31) - 1, default: int | None = None) -> int:
+        """A whole number, ``minimum`` to ``maximum`` (below 2**31, so that every product of two stays exact)."""
         value = self._values.get(name)
         if value is None:
             value = default
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 1 << 31:
-            raise self.invalid(name, value, f"a whole number, {minimum} to {(1 << 31) - 1}")
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            raise self.invalid(name, value, f"a whole number, {minimum} to {maximum}")
         return value
 
     def number(self, name: str, *, above: float, default: float | None = None) -> float:

@@ -454,7 +454,7 @@ class StatusReport(Message, frozen=True, tag=77):
 
 
 class Event(Message, frozen=True, tag=78):
-    """Something worth telling: ``kind`` is starting, loading, ready, fault, closing."""
+    """Something worth telling: ``kind`` is starting, loading, ready, warning, fault, closing."""
 
     kind: str
     text: str

@@ -20,6 +20,10 @@ from drumline.protocol.errors import InvalidConfig
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
 MAX_CONFIG_BYTES = 16 << 20
+# What is larger is a mistake, and would cost memory before any check of the checkpoint could find it.
+MAX_LAYERS = 4096
+MAX_EXPERTS = 8192
+MAX_POSITIONS = 1 << 24
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -144,7 +148,7 @@ def _read_spec(fields: ConfigFields, generation: ConfigFields | None) -> ModelSp
     is_qwen = architecture != "LlamaForCausalLM"
     _refuse_unimplemented(fields)
 
-    num_layers = fields.integer("num_hidden_layers", minimum=1)
+    num_layers = fields.integer("num_hidden_layers", minimum=1, maximum=MAX_LAYERS)
     hidden_size = fields.integer("hidden_size", minimum=1)
     num_heads = fields.integer("num_attention_heads", minimum=1)
     num_kv_heads = fields.integer("num_key_value_heads", minimum=1, default=num_heads)
@@ -156,7 +160,8 @@ def _read_spec(fields: ConfigFields, generation: ConfigFields | None) -> ModelSp
     if head_dim % 2:
         raise fields.invalid("head_dim", head_dim, "an even number (rotary embeddings pair the channels)")
     vocab_size = fields.integer("vocab_size", minimum=1)
-    max_positions = fields.integer("max_position_embeddings", minimum=1, default=32768 if is_qwen else 2048)
+    context = 32768 if is_qwen else 2048
+    max_positions = fields.integer("max_position_embeddings", minimum=1, maximum=MAX_POSITIONS, default=context)
     rope_theta, rope_scaling = _rope(fields, max_positions)
     _refuse_sliding_window(fields, num_layers)
 
@@ -252,7 +257,7 @@ def _rope(fields: ConfigFields, max_positions: int) -> tuple[float, RopeScaling]
 
 def _moe(fields: ConfigFields, num_layers: int) -> MoeSpec | None:
     name = "num_experts" if fields.raw("num_experts") is not None else "num_local_experts"
-    num_experts = fields.integer(name, minimum=0, default=128)
+    num_experts = fields.integer(name, minimum=0, maximum=MAX_EXPERTS, default=128)
     sparse_step = fields.integer("decoder_sparse_step", minimum=1, default=1)
     mlp_only = fields.integers("mlp_only_layers", minimum=0, limit=num_layers, single=False) or ()
     # The rule of Qwen3MoeDecoderLayer in transformers.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from drumline.protocol.codec import config_digest
-from drumline.protocol.errors import ErrorInfo, InvalidRequest, ProtocolError
+from drumline.protocol.errors import DrumlineError, ErrorInfo, InvalidRequest, ProtocolError
 from drumline.protocol.layout import Layout
 from drumline.protocol.messages import (
     Call,
@@ -232,7 +232,9 @@ class Worker:
 
     def _tell_fault(self, error: Exception, message: ToWorker) -> None:
         info = describe(error, self._me, self._progress.position)
-        log.error("fault in %s\n%s", type(message).__name__, info.traceback)
+        # A typed error says what it means; only a surprise needs its traceback here. The coordinator gets both.
+        text = info.text if isinstance(error, DrumlineError) else info.traceback
+        log.error("fault in %s: %s", type(message).__name__, text)
         self._progress.faults += 1
         # Told first: the peers find out as soon as this rank leaves, and report that it is gone.
         try:

@@ -28,12 +28,17 @@ class StartProgress:
     def __call__(self, event: Event) -> None:
         """Takes one event of the engine."""
         if event.kind == "fault":
-            self._console.print(f"fault: {event.text}", markup=False, highlight=False)
+            self._say(f"fault: {event.text}")
+        elif event.kind == "warning":
+            self._say(f"warning: {event.text}")
         elif event.kind == "loading" and event.rank >= 0:
             self._loading[event.rank] = (event.done, event.total)
             self._show(self._loading_text())
         elif event.kind in ("starting", "loading") and event.text:
             self._show(event.text)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _loading_text(self) -> str:
         shares = [f"rank {rank} {_share(done, total)}" for rank, (done, total) in sorted(self._loading.items())]
@@ -51,7 +56,7 @@ class StartProgress:
             self._status = self._console.status(text)
             self._status.start()
         else:
-            self._console.print(text, markup=False, highlight=False)
+            self._say(text)
         return self
 
     def __exit__(
@@ -62,7 +67,7 @@ class StartProgress:
             self._status = None
         self.start_s = time.monotonic() - self._began
         if kind is None:
-            self._console.print(f"{self._what}: ready in {self.start_s:.1f} s", markup=False, highlight=False)
+            self._say(f"{self._what}: ready in {self.start_s:.1f} s")
 
 
 def _share(done: int, total: int) -> str:

@@ -429,6 +429,34 @@ async def test_cancel_returns_when_it_is_confirmed_and_the_reader_sees_abort(ser
     assert [(out.index, out.finish_reason) for out in outs if out.finished] == [(0, "abort"), (1, "abort")]
 
 
+async def test_a_late_confirmation_does_not_end_the_next_request_with_that_id(served: Served) -> None:
+    engine, fake = served
+    first = await read(engine, "hi", request_id="r")
+    submit, (handle,) = await fake.accept()
+    cancelling = asyncio.create_task(engine.cancel("r"))
+    cancel = await fake.expect(Cancel)
+    fake.finish(submit, handle, 0)
+    await within(first)
+    await fake.expect(Ack)
+    second = await read(engine, "hi", request_id="r")
+    again, (handle,) = await fake.accept()
+    fake.send(Cancelled(cancel.call_id, "r"))
+    await within(cancelling)
+    fake.tokens(handle, 0, b"a")
+    fake.finish(again, handle, 1)
+    outs = await within(second)
+    assert (outs[-1].finish_reason, outs[-1].text) == ("length", "a")
+
+
+async def test_a_submission_without_an_answer_is_cancelled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async with serving(monkeypatch, tmp_path, timing=Timing(answer_s=0.2)) as (engine, fake):
+        reader = await read(engine, "hi", request_id="r")
+        await fake.expect(Submit)
+        with pytest.raises(RequestFailed, match="did not answer"):
+            await within(reader)
+        assert (await fake.expect(Cancel)).request_id == "r"
+
+
 async def test_a_refusal_of_the_engine_is_raised_as_its_own_class(served: Served) -> None:
     engine, fake = served
     reader = await read(engine, "hi", request_id="r")

@@ -63,7 +63,7 @@ def test_round_robin_places_experts_alternately() -> None:
 def test_the_digest_tells_configurations_apart() -> None:
     assert resolve(EngineConfig("demo")).digest == resolve(EngineConfig("demo")).digest
     assert resolve(EngineConfig("demo")).digest != resolve(EngineConfig("demo", seed=1)).digest
-    assert resolve(EngineConfig("demo")).digest != resolve(EngineConfig("demo", fault_injection=True)).digest
+    assert resolve(EngineConfig("demo")).digest != resolve(EngineConfig("demo", max_model_len=512)).digest
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:

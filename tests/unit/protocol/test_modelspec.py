@@ -183,6 +183,8 @@ def test_settings_without_effect_are_accepted(tmp_path: Path, harmless: dict[str
         ({"rope_parameters": {"full_attention": {}, "rope_type": ["x"]}}, "rope_parameters.rope_type", "default"),
         ({"num_hidden_layers": 0}, "num_hidden_layers", "1 to"),
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers", "1 to"),
+        ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers", "1 to 4096"),
+        ({"max_position_embeddings": (1 << 31) - 1}, "max_position_embeddings", "1 to 16777216"),
         ({"hidden_size": None}, "hidden_size", "whole number"),
         ({"hidden_size": 64.0}, "hidden_size", "whole number"),
         ({"hidden_size": True}, "hidden_size", "whole number"),

@@ -7,7 +7,7 @@ from tests.integration.engine.test_life import TWO
 
 
 async def test_an_idle_engine_uses_next_to_nothing_of_a_core(mark: str) -> None:
-    share = (await idle_share(TWO, 4.0))["core_percent"]
+    share = (await idle_share(TWO, 10.0))["core_percent"]
     # The budget is 1 % over 30 s; CPU time is counted in ticks of 10 ms, so a short window gets some slack.
     assert isinstance(share, float)
-    assert share < 3.0
+    assert share < 1.5

@@ -55,6 +55,7 @@ class TensorEntry(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor in its file."""
         return self.end - self.start
 
 

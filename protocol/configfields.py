@@ -60,6 +60,7 @@ class ConfigFields:
         return float(value)
 
     def boolean(self, name: str, *, default: bool) -> bool:
+        """true or false; ``default`` when absent."""
         value = self._values.get(name)
         if value is None:
             return default

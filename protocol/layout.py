@@ -46,6 +46,7 @@ class Layout(msgspec.Struct, frozen=True, gc=False):
         return self.data_parallel_size * self.tensor_parallel_size if self.enable_expert_parallel else 1
 
     def global_rank(self, dp_rank: int, pp_rank: int = 0, tp_rank: int = 0) -> int:
+        """``(dp_rank * pp_size + pp_rank) * tp_size + tp_rank``."""
         return (dp_rank * self.pipeline_parallel_size + pp_rank) * self.tensor_parallel_size + tp_rank
 
     def coordinates(self, rank: int) -> Coordinates:

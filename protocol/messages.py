@@ -189,6 +189,8 @@ class Call(Message, frozen=True, tag=5):
 
 
 class Shutdown(Message, frozen=True, tag=6):
+    """End cleanly, exit status 0; ``reason`` is for the log."""
+
     term: int
     reason: str = ""
 
@@ -200,6 +202,8 @@ ToWorker = WelcomeWorker | OpenStore | Configure | Step | Call | Shutdown
 
 
 class HelloWorker(Message, frozen=True, tag=20):
+    """The first message of a rank. ``token`` is its launch token, ``incarnation`` a uuid drawn by the process."""
+
     version: int
     token: str
     rank: int
@@ -209,6 +213,8 @@ class HelloWorker(Message, frozen=True, tag=20):
 
 
 class StoreReady(Message, frozen=True, tag=21):
+    """The epoch's store listens at ``host``:``port``."""
+
     term: int
     epoch: int
     rank: int
@@ -245,6 +251,8 @@ class StepDone(Message, frozen=True, tag=23):
 
 
 class Fault(Message, frozen=True, tag=24):
+    """Something failed on the rank; it has left the epoch and stays, unless ``error`` says that it could not load."""
+
     term: int
     epoch: int
     rank: int
@@ -286,6 +294,8 @@ FromWorker = HelloWorker | StoreReady | Ready | StepDone | Fault | CallResult | 
 
 
 class HelloClient(Message, frozen=True, tag=40):
+    """The first message of a client. ``client_id`` is a uuid drawn by the connection."""
+
     version: int
     client_id: str
 
@@ -317,6 +327,8 @@ class Stop(Message, frozen=True, tag=42):
 
 
 class Cancel(Message, frozen=True, tag=43):
+    """End all sequences of a request. Answered by Cancelled, also when it has ended already."""
+
     call_id: int
     request_id: str
 
@@ -336,6 +348,8 @@ class Resume(Message, frozen=True, tag=45):
 
 
 class StatusQuery(Message, frozen=True, tag=46):
+    """Answered by StatusReport."""
+
     call_id: int
 
 
@@ -349,6 +363,8 @@ class CallRanks(Message, frozen=True, tag=47):
 
 
 class BeatClient(Message, frozen=True, tag=48):
+    """Still here. A client that has sent one must go on sending them."""
+
     client_id: str
 
 
@@ -379,6 +395,8 @@ class ModelInfo(Part, frozen=True):
 
 
 class WelcomeClient(Message, frozen=True, tag=70):
+    """The engine is ready. ``tokenizer``: the bytes of tokenizer.json, empty where there is none."""
+
     version: int
     term: int
     digest: str
@@ -397,6 +415,8 @@ class Accepted(Message, frozen=True, tag=71):
 
 
 class Rejected(Message, frozen=True, tag=72):
+    """A Submit, Resume or CallRanks was refused and has changed nothing."""
+
     call_id: int
     request_id: str
     error: ErrorInfo
@@ -428,6 +448,8 @@ class StreamEnd(Part, frozen=True):
 
 
 class Finished(Message, frozen=True, tag=74):
+    """Sequences that have ended; their tokens were in earlier frames."""
+
     frame: int
     ends: tuple[StreamEnd, ...]
 
@@ -464,6 +486,8 @@ class Event(Message, frozen=True, tag=78):
 
 
 class RankAnswer(Part, frozen=True):
+    """What one rank answered to a control call; ``value`` is msgpack, ``error`` is set where ``ok`` is false."""
+
     rank: int
     ok: bool
     value: bytes
@@ -471,6 +495,8 @@ class RankAnswer(Part, frozen=True):
 
 
 class CallRanksResult(Message, frozen=True, tag=79):
+    """The answers by ascending rank."""
+
     call_id: int
     answers: tuple[RankAnswer, ...]
 
@@ -513,6 +539,8 @@ ToClient = (
 
 
 class HelloSupervisor(Message, frozen=True, tag=100):
+    """The first message of the supervisor, with the token that the coordinator was started with."""
+
     version: int
     token: str
     pid: int
@@ -529,6 +557,8 @@ class Exited(Message, frozen=True, tag=101):
 
 
 class Spawned(Message, frozen=True, tag=102):
+    """The process of a Spawn is running."""
+
     rank: int
     pid: int
 
@@ -541,6 +571,8 @@ class Spawn(Message, frozen=True, tag=103):
 
 
 class Kill(Message, frozen=True, tag=104):
+    """Send SIGKILL to the worker ``pid``, if it is still the process of ``rank``."""
+
     rank: int
     pid: int
 

@@ -87,6 +87,7 @@ class PlacementMaps(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def num_slots(self) -> int:
+        """Physical slots of each layer, over all ranks."""
         return int(self.slot_rank.shape[0])
 
     def local_slots(self, ep_rank: int) -> range:

@@ -30,6 +30,7 @@ class OpenCall:
     answers: dict[int, RankAnswer] = field(default_factory=dict)
 
     def result(self) -> CallRanksResult:
+        """The answers so far, by ascending rank, under the id that the client gave."""
         return CallRanksResult(self.client_call_id, tuple(answer for _, answer in sorted(self.answers.items())))
 
 
@@ -45,6 +46,7 @@ class RankCalls:
 
     @property
     def next_deadline(self) -> float | None:
+        """The earliest deadline of the calls in flight, None without any."""
         return min((call.deadline for call in self._by_id.values()), default=None)
 
     def open(

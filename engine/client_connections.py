@@ -72,6 +72,7 @@ class ConnectionCounts:
     acks_refused: int = 0
 
     def as_dict(self) -> dict[str, int]:
+        """The counts by field name, as the status shows them."""
         return asdict(self)
 
 
@@ -95,6 +96,7 @@ class Connections:
 
     @property
     def full(self) -> bool:
+        """Whether there are ``MAX_CONNECTIONS``. :meth:`open` does not ask: its caller refuses newcomers."""
         return len(self._by_identity) >= MAX_CONNECTIONS
 
     @property
@@ -114,9 +116,11 @@ class Connections:
         return connection
 
     def of(self, identity: bytes) -> ClientConnection | None:
+        """The connection of ``identity``, None before its hello and once it is removed."""
         return self._by_identity.get(identity)
 
     def numbered(self, number: int) -> ClientConnection | None:
+        """The connection with this number, None once it is removed. Numbers are not used again."""
         return self._by_number.get(number)
 
     def remove(self, connection: ClientConnection) -> None:
@@ -156,6 +160,7 @@ class Connections:
             self._waiting.add(connection.number)
 
     def broadcast(self, message: ToClient) -> None:
+        """Send ``message`` to every connection, as :meth:`reply` does."""
         for connection in self:
             self.reply(connection, message)
 

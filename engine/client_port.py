@@ -191,4 +191,5 @@ class ClientPort:
             self._engine.client_left(connection, now)
 
     def close(self) -> None:
+        """Close the socket. What was sent is still delivered for as long as its linger says."""
         self.router.close()

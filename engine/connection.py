@@ -97,6 +97,7 @@ class Connection:
     # -- out
 
     def next_call_id(self) -> int:
+        """From 1, each once on this connection: by it an answer finds its question."""
         return next(self._call_ids)
 
     def post(self, message: FromClient) -> None:

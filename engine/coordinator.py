@@ -52,6 +52,8 @@ LAST_WORD_S = 0.15
 
 
 class EngineState(enum.StrEnum):
+    """As the status shows it. READY once every group is; CLOSING at a clean end, FAILED at one with an error."""
+
     STARTING = "starting"
     READY = "ready"
     CLOSING = "closing"
@@ -59,10 +61,8 @@ class EngineState(enum.StrEnum):
 
 
 class Coordinator:
-    """One engine. Make it inside a running loop, then await :meth:`run`. It binds its sockets at once.
-
-    Raises InvalidConfig when an endpoint cannot be bound or the model folder cannot be served.
-    """
+    """One engine. Make it inside a running loop, then await :meth:`run`. It binds its sockets at once. Raises
+    InvalidConfig when an endpoint cannot be bound or the model folder cannot be served."""
 
     def __init__(self, order: Order, resolved: ResolvedConfig | None = None) -> None:
         self.order = order

@@ -22,7 +22,9 @@ _KEPT_OF_WINDOW = 6
 class TextDecoder(Protocol):
     """The part of ``tokenizers.Tokenizer`` that is needed here."""
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ``ids``, undecodable bytes shown as replacement characters."""
+        ...
 
 
 class IncrementalText:

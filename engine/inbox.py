@@ -42,6 +42,7 @@ class Inbox:
     # -- requests come and go
 
     def add(self, stream: RequestStream) -> None:
+        """A request that is being submitted. Its handles come with :meth:`accepted`."""
         self.requests[stream.request_id] = stream
 
     def remove(self, stream: RequestStream) -> None:
@@ -52,6 +53,7 @@ class Inbox:
         stream.release()
 
     def accepted(self, message: Accepted) -> None:
+        """The engine has taken the request in: its tokens come under these handles, one per index."""
         stream = self.requests.get(message.request_id)
         if stream is not None:
             stream.num_cached_tokens = message.num_cached_tokens
@@ -64,18 +66,22 @@ class Inbox:
             self.remove(stream)
 
     def fail(self, request_id: str, error: ErrorInfo) -> None:
+        """The request ends with ``error``, after what is still to be read. An id that is not live is ignored."""
         stream = self.requests.get(request_id)
         if stream is not None:
             stream.fail(error)
             self.remove(stream)
 
     def fail_all(self, error: ErrorInfo) -> None:
+        """:meth:`fail` for every live request."""
         for request_id in list(self.requests):
             self.fail(request_id, error)
 
     # -- frames
 
     def tokens(self, message: Tokens, now: float) -> list[FromClient]:
+        """Tokens to their streams. Answers: a Stop where a stop string is complete, a Resume where tokens are missing,
+        an Ack when one is due."""
         answers = self._count_frame(message.frame, now)
         self.statistics["tokens"] += len(message.tokens)
         entries = dict(zip(message.logprob_index.tolist(), message.logprobs, strict=False))

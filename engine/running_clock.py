@@ -22,6 +22,7 @@ class RunningClock:
         self.stalled_s = 0.0
 
     def now(self) -> float:
+        """Seconds. A gap of more than ``LONGEST_GAP_S`` since the last reading counts as that long."""
         read = self._source()
         gap = read - self._last
         if gap > LONGEST_GAP_S:

@@ -265,4 +265,5 @@ class WorkerPort:
         self._to_owner(Stopping(reason, error))
 
     def close(self) -> None:
+        """Close the socket. What was sent is still delivered for as long as its linger says."""
         self.router.close()

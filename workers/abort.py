@@ -39,6 +39,7 @@ class AbortFlag:
 
     @property
     def all_aborted(self) -> bool:
+        """Whether the process is about to end, by :meth:`abort_all`."""
         return self._before == _ALL
 
     def covers(self, term: int, epoch: int) -> bool:

@@ -39,10 +39,12 @@ class StepRows:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all rows together."""
         return len(self.positions)
 
     @property
     def sampling_rows(self) -> Array:
+        """The rows that sample, int64, ascending."""
         return self.rows[self.sampling]
 
     @property

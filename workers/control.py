@@ -94,6 +94,7 @@ class Control:
         self._stale = 0
 
     def start(self) -> None:
+        """Start the thread, which connects and says Hello. Call it once."""
         self._thread.start()
 
     # ------------------------------------------------------------------------------------------- on the main thread

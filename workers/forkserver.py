@@ -42,6 +42,7 @@ class Child:
         self.tail = bytearray()
 
     def keep(self, data: bytes) -> None:
+        """``tail`` becomes the last ``STDERR_TAIL_BYTES`` of what the child has written, ``data`` being the newest."""
         self.tail += data
         del self.tail[:-STDERR_TAIL_BYTES]
 

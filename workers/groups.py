@@ -69,10 +69,12 @@ class GroupPlace:
 
     @property
     def position(self) -> int:
+        """The index of this rank among the members: its rank within the group."""
         return self.members.index(self.rank)
 
     @property
     def size(self) -> int:
+        """How many ranks the group has."""
         return len(self.members)
 
 

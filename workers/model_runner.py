@@ -124,18 +124,21 @@ class ModelRunner:
 
     @property
     def model(self) -> Decoder:
+        """The loaded model. Raises ProtocolError before :meth:`load` and after :meth:`close`."""
         if self._model is None:
             raise ProtocolError("the model is not loaded")
         return self._model
 
     @property
     def cache(self) -> KVCache:
+        """The KV cache. Raises ProtocolError before :meth:`init_kv_cache` and after :meth:`close`."""
         if self._cache is None:
             raise ProtocolError("the KV cache is not allocated")
         return self._cache
 
     @property
     def batch(self) -> BatchTable:
+        """The batch table. Raises ProtocolError before :meth:`init_kv_cache` and after :meth:`close`."""
         if self._batch is None:
             raise ProtocolError("the KV cache is not allocated")
         return self._batch

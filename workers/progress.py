@@ -33,19 +33,23 @@ class Progress:
         self.faults = 0
 
     def enter_epoch(self, term: int, epoch: int) -> None:
+        """The epoch is in force, and no step of it has run."""
         self.position = Position(term, epoch)
 
     def begin_step(self, step: int, dummy: bool) -> None:
+        """``step`` runs and has entered no collective. ``dummy``: this replica has no tokens in it."""
         term, epoch, *_ = self.position
         self.position = Position(term, epoch, step)
         self.steps += 1
         self.dummy_steps += dummy
 
     def enter_collective(self) -> None:
+        """The next collective of the step is entered: from here on this rank may wait for others."""
         term, epoch, step, collective, _ = self.position
         self.position = Position(term, epoch, step, collective + 1, True)
 
     def leave_collective(self) -> None:
+        """The collective is over, or failed. It stays counted."""
         term, epoch, step, collective, _ = self.position
         self.position = Position(term, epoch, step, collective, False)
 

@@ -25,6 +25,7 @@ class SamplingColumns:
         self.stop_token_ids: list[tuple[int, ...]] = [()] * rows
 
     def set(self, row: int, spec: SamplingSpec) -> None:
+        """The row's parameters are those of ``spec``. Its seed is taken modulo 2**64."""
         self.seed[row] = spec.seed & ((1 << 64) - 1)
         self.index[row] = spec.index
         self.floats[row] = (
@@ -40,6 +41,8 @@ class SamplingColumns:
         self.stop_token_ids[row] = spec.stop_token_ids
 
     def take(self, rows: Array, generated: Array) -> SamplingRows:
+        """The parameters of ``rows`` int64, in that order; ``generated`` int64: tokens that each has generated so far.
+        ``stop_token_ids`` is empty when no row is below its ``min_tokens``."""
         floats, integers = self.floats[rows].T, self.integers[rows].T
         early = integers[1] > generated
         stops = [self.stop_token_ids[row] for row in rows.tolist()] if early.any() else []

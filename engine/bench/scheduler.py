@@ -76,6 +76,8 @@ class SchedulerResult(msgspec.Struct, frozen=True):
 
 
 class Machine(msgspec.Struct, frozen=True):
+    """``cpu``: its model's name. ``cores``: those this process may use. ``python`` and ``numpy``: their versions."""
+
     cpu: str
     cores: int
     python: str
@@ -83,6 +85,8 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class SchedulerReport(msgspec.Struct, frozen=True):
+    """``results``: one per case, in the order measured."""
+
     machine: Machine
     results: tuple[SchedulerResult, ...]
 

@@ -90,6 +90,7 @@ class Tally:
         self.generating_from = time.monotonic()
 
     def count(self, records: list[dict[str, Any]]) -> None:
+        """Add the tokens of a request's ``records``, as :func:`run_request` returns them."""
         self.tokens += sum(len(record["token_ids"]) for record in records)
 
     def timings(self, start_s: float) -> dict[str, float]:

@@ -79,10 +79,12 @@ class BatchTable:
         return rows.searchsorted(self._edges)
 
     def set_status(self, row: int, status: int) -> None:
+        """Every change of a row's state comes here or to :meth:`set_statuses`: :meth:`decoding` is found anew."""
         self.status[row] = status
         self._decoding = None
 
     def set_statuses(self, rows: I64, status: int) -> None:
+        """As :meth:`set_status`, for all of ``rows`` at once."""
         self.status[rows] = status
         self._decoding = None
 

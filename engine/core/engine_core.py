@@ -142,6 +142,7 @@ class EngineCore:
     # ---------------------------------------------------------------------------------------------------------- status
 
     def group_status(self) -> tuple[GroupStatus, ...]:
+        """Every lockstep group, by ascending id."""
         self._settle()
         return tuple(
             GroupStatus(
@@ -157,6 +158,7 @@ class EngineCore:
         )
 
     def replica_status(self) -> tuple[ReplicaStatus, ...]:
+        """Every replica, by ascending dp rank over all groups."""
         self._settle()
         statuses: list[ReplicaStatus] = []
         for group in self._groups:
@@ -175,6 +177,7 @@ class EngineCore:
         return tuple(statuses)
 
     def request_counts(self) -> RequestCounts:
+        """Requests accepted, finished, cancelled and failed since the start of the term."""
         return self._book.counts()
 
     def counters(self) -> dict[str, int]:

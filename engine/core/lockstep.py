@@ -237,6 +237,7 @@ class LockstepGroup:
             self.residence.cache_all()
 
     def update_wave(self) -> None:
+        """Tells the wave how many sequences are unfinished and steps in flight. Due whenever either may have fallen."""
         self.wave.settle(self.unfinished, len(self.in_flight))
 
     def known_tokens(self, sequence: Sequence) -> I32:

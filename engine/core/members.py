@@ -11,6 +11,8 @@ from drumline.protocol.messages import I32, Ready, ToSupervisor, ToWorker, Worke
 
 
 class RankState(enum.StrEnum):
+    """READY: it has loaded and met the others of its epoch. DEAD: it is lost."""
+
     STARTING = "starting"
     READY = "ready"
     DEAD = "dead"
@@ -111,6 +113,7 @@ class Refusals:
     out_of_order: int = 0
 
     def as_dict(self) -> dict[str, int]:
+        """The counts by field name, as the status shows them."""
         return asdict(self)
 
 

@@ -69,6 +69,7 @@ class Membership:
 
     @property
     def all_ready(self) -> bool:
+        """Whether the epoch of every group is open."""
         return all(group.stage is GroupStage.OPEN for group in self.groups)
 
     @property
@@ -89,6 +90,7 @@ class Membership:
         return True
 
     def owner_heard(self, now: float) -> None:
+        """The supervisor gave a sign of life; after ``SILENCE_S`` without one it is lost."""
         self._owner_heard_at = now
 
     # ------------------------------------------------------------------------------------------------- hello

@@ -40,12 +40,15 @@ class Outbox:
         self._gone: set[int] = set()
 
     def add_tokens(self, emissions: list[Emission]) -> None:
+        """Tokens for any connections, those of a stream in order."""
         self._emissions.extend(emissions)
 
     def add_end(self, connection: int, end: StreamEnd) -> None:
+        """A sequence has ended. Its tokens may be added before or after: :meth:`take` puts ends behind them."""
         self._ends.append((connection, end))
 
     def add_cancelled(self, connection: int, call_id: int, request_id: str) -> None:
+        """A cancel is complete: no row holds the request any more."""
         self._cancelled.append((connection, call_id, request_id))
 
     def drop(self, connection: int) -> None:
@@ -53,6 +56,7 @@ class Outbox:
         self._gone.add(connection)
 
     def clear(self) -> None:
+        """Forgets everything collected, and which connections were dropped."""
         self._emissions.clear()
         self._ends.clear()
         self._cancelled.clear()

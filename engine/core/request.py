@@ -52,6 +52,7 @@ class Sequence:
         return (self.request.priority, self.arrival)
 
     def fold_late_tokens(self) -> None:
+        """Moves what is in ``late`` to the end of ``tokens``."""
         if self.late:
             self.tokens = np.concatenate([self.tokens, np.asarray(self.late, dtype=np.int32)])
             self.late.clear()

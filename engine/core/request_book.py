@@ -43,11 +43,13 @@ class RequestBook:
         self._accepted = self._finished = self._cancelled = self._failed = 0
 
     def counts(self) -> RequestCounts:
+        """Requests since the start of the term. One that lost a sequence to an abort counts as cancelled."""
         return RequestCounts(self._accepted, self._finished, self._cancelled, self._failed)
 
     # ----------------------------------------------------------------------------------------------------------- submit
 
     def submit(self, connection: int, msg: Submit) -> Accepted | Rejected:
+        """Takes a request in, its sequences waiting on one replica. What the checks raise comes back as Rejected."""
         try:
             request = self._admit(connection, msg)
         except DrumlineError as error:
@@ -133,6 +135,8 @@ class RequestBook:
     # --------------------------------------------------------------------------------------------------------- ends
 
     def stop(self, connection: int, msg: Stop) -> None:
+        """Ends a sequence after ``num_tokens`` generated tokens, unless it has ended. What does not name tokens of a
+        request of this connection is counted in ``ignored_stops``."""
         request = self._requests.get(msg.request_id)
         if request is None or request.connection != connection or not 0 <= msg.index < len(request.sequences):
             self.ignored_stops += 1
@@ -148,6 +152,7 @@ class RequestBook:
         self._ended(sequence, "stop", -1, msg.num_tokens)
 
     def cancel(self, connection: int, msg: Cancel) -> None:
+        """Aborts what is left of a request. Confirmed once no row is held, at once for an id that is not known."""
         request = self._requests.get(msg.request_id)
         if request is None:
             self.outbox.add_cancelled(connection, msg.call_id, msg.request_id)
@@ -157,12 +162,15 @@ class RequestBook:
         self._confirm(request)
 
     def drop_connection(self, connection: int) -> None:
+        """Aborts and forgets all its requests; nothing collected so far goes to it any more."""
         for request in list(self._connections.pop(connection, {}).values()):
             self._abort(request)
             del self._requests[request.request_id]
         self.outbox.drop(connection)
 
     def fail_all(self, error: ErrorInfo) -> list[tuple[int, str]]:
+        """Ends and forgets every request that has not ended, without a StreamEnd. Returns (connection, request id) of
+        each, for the caller to tell why."""
         failed: list[tuple[int, str]] = []
         for request in list(self._requests.values()):
             if request.unended == 0:
@@ -222,6 +230,8 @@ class RequestBook:
     # ----------------------------------------------------------------------------------------------- resume and forget
 
     def resume(self, connection: int, msg: Resume) -> Resumed | Rejected:
+        """Every generated token so far. The request moves to ``connection``, with new handles, if it is another's.
+        Rejected when the id is not known or the positions do not fit its sequences."""
         try:
             request = self._resumable(msg)
         except DrumlineError as error:
@@ -241,6 +251,7 @@ class RequestBook:
         )
 
     def forget(self, request_id: str) -> None:
+        """The id is free again. A request that has not ended stays."""
         request = self._requests.get(request_id)
         if request is not None and request.unended == 0:
             # A cancel that still waits for a row is confirmed all the same: the row's sequence leads to the request.

@@ -23,6 +23,7 @@ class WaitingQueue:
         return self._size
 
     def push(self, sequence: Sequence) -> None:
+        """``sequence`` waits, at the place that its priority and arrival give it."""
         heapq.heappush(self._heap, (*sequence.order, sequence))
         self._size += 1
 

@@ -10,6 +10,8 @@ import enum
 
 
 class WaveState(enum.Enum):
+    """RUNNING from the first step with work until nothing is unfinished and no step is in flight."""
+
     PAUSED = "paused"
     RUNNING = "running"
 

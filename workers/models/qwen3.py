@@ -7,4 +7,5 @@ from drumline.workers.models.decoder import Decoder, ModelPlacement, dense_mlp
 
 
 def build_qwen3(spec: ModelSpec, placement: ModelPlacement) -> Decoder:
+    """The model, its weights allocated and not yet loaded."""
     return Decoder(spec, placement, qk_norm=True, mlp=dense_mlp)

@@ -9,6 +9,7 @@ from drumline.workers.models.decoder import Decoder, ModelPlacement, dense_mlp
 
 
 def build_qwen3_moe(spec: ModelSpec, placement: ModelPlacement) -> Decoder:
+    """The model, its weights allocated for the experts that ``placement`` gives this rank, and not yet loaded."""
     return Decoder(spec, placement, qk_norm=True, mlp=sparse_mlp)
 
 

@@ -322,7 +322,7 @@ class Coordinator:
         if self._core is None:
             return
         connections = self.clients.connections
-        failed = self._core.fail_all(error)
+        failed = self._core.fail_all()
         self.clients.deliver(self._core)
         for number, request_id in failed:
             connection = connections.numbered(number)

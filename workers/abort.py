@@ -37,11 +37,6 @@ class AbortFlag:
         """The process is about to end."""
         self.abort_before(*_ALL, reason)
 
-    @property
-    def all_aborted(self) -> bool:
-        """Whether the process is about to end, by :meth:`abort_all`."""
-        return self._before == _ALL
-
     def covers(self, term: int, epoch: int) -> bool:
         """Whether the epoch is over."""
         return (term, epoch) < self._before

@@ -11,7 +11,7 @@ from drumline.engine.core.lockstep import LockstepGroup
 from drumline.engine.core.outputs import ConnectionOutput
 from drumline.engine.core.prefix_cache import PrefixHasher
 from drumline.engine.core.request_book import RequestBook
-from drumline.protocol.errors import ErrorInfo, InvalidConfig
+from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.messages import Accepted, Cancel, Rejected, Resume, Resumed, Step, StepDone, Stop, Submit
 from drumline.protocol.status import GroupStatus, ReplicaStatus, RequestCounts
 
@@ -83,13 +83,14 @@ class EngineCore:
         """The client has acknowledged the end of a request: its id may be used again. One that has not ended stays."""
         self._book.forget(request_id)
 
-    def fail_all(self, error: ErrorInfo) -> list[tuple[int, str]]:
-        """Gives up every request that has not ended, because of ``error``. Returns (connection, request id) of each.
+    def fail_all(self) -> list[tuple[int, str]]:
+        """Gives up every request that has not ended. Returns (connection, request id) of each,
+        for the caller to tell why.
 
         Outputs collected before may still be taken; the requests are forgotten.
         """
         self._settle()
-        failed = self._book.fail_all(error)
+        failed = self._book.fail_all()
         self._release()
         return failed
 

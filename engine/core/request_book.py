@@ -13,7 +13,7 @@ from drumline.engine.core.prefix_cache import PrefixHasher
 from drumline.engine.core.request import Place, Request, Sequence
 from drumline.engine.core.results import Ending
 from drumline.engine.core.router import Router
-from drumline.protocol.errors import DrumlineError, DuplicateRequest, ErrorInfo, InvalidRequest, QueueFull
+from drumline.protocol.errors import DrumlineError, DuplicateRequest, InvalidRequest, QueueFull
 from drumline.protocol.messages import Accepted, Cancel, Rejected, Resume, Resumed, Stop, StreamEnd, Submit
 from drumline.protocol.status import RequestCounts
 
@@ -168,7 +168,7 @@ class RequestBook:
             del self._requests[request.request_id]
         self.outbox.drop(connection)
 
-    def fail_all(self, error: ErrorInfo) -> list[tuple[int, str]]:
+    def fail_all(self) -> list[tuple[int, str]]:
         """Ends and forgets every request that has not ended, without a StreamEnd. Returns (connection, request id) of
         each, for the caller to tell why."""
         failed: list[tuple[int, str]] = []

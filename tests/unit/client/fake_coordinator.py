@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pytest
@@ -16,6 +16,8 @@ from drumline.engine import client
 from drumline.engine.client import AsyncEngine
 from drumline.engine.config import EngineConfig
 from drumline.engine.connection import Timing
+from drumline.engine.outputs import RequestOutput
+from drumline.engine.sampling_params import SamplingParams
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
@@ -145,3 +147,20 @@ async def serving(
         yield engine, fake
     finally:
         await engine.close()
+
+
+Served: TypeAlias = tuple[AsyncEngine, FakeCoordinator]
+
+
+async def read(engine: AsyncEngine, prompt: Any = "hi", params: SamplingParams | None = None, **options: Any) -> Any:
+    """A task that collects all outputs of one request."""
+
+    async def collect() -> list[RequestOutput]:
+        return [out async for out in engine.generate(prompt, params, **options)]
+
+    return asyncio.create_task(collect())
+
+
+async def within(awaitable: Any) -> Any:
+    async with asyncio.timeout(ANSWER_WITHIN_S):
+        return await awaitable

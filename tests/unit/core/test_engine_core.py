@@ -8,7 +8,7 @@ import pytest
 
 from drumline.engine.core.config import CoreConfig
 from drumline.engine.core.engine_core import EngineCore
-from drumline.protocol.errors import ErrorInfo, InvalidConfig, ProtocolError
+from drumline.protocol.errors import InvalidConfig, ProtocolError
 from drumline.protocol.messages import LogprobEntry, Rejected, Resume, Resumed, SamplingSpec, StepDone
 from tests.unit.core.driver import Driver, ends_of, tokens_of
 
@@ -275,7 +275,7 @@ def test_failing_names_every_request_that_had_not_ended_and_leaves_nothing_to_do
     driver.run([5])
     driver.plan()
     driver.accept("waiting", 4, connection=3)
-    failed = driver.core.fail_all(ErrorInfo("request_failed", "rank 0 died"))
+    failed = driver.core.fail_all()
     assert failed == [(2, "running"), (3, "waiting")]
     assert driver.plan() == []
     counts = driver.core.request_counts()

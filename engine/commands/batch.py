@@ -56,8 +56,8 @@ class Batch:
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(most_running(self._engine.config)):
                     tasks.create_task(self._work())
-        except* DrumlineError as ended:
-            raise _first(ended) from None
+        except BaseExceptionGroup as ended:
+            raise _first(ended) from ended
 
     async def _work(self) -> None:
         for number, line in self._lines:
@@ -194,8 +194,14 @@ def _numbered_lines(lines: BinaryIO) -> Iterator[tuple[int, bytes]]:
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _first(group: BaseExceptionGroup[DrumlineError]) -> DrumlineError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error if isinstance(error, DrumlineError) else DrumlineError(str(error))
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The typed error among what ended the tasks, else whatever ended the first."""
+    errors: list[BaseException] = [group]
+    leaves: list[BaseException] = []
+    while errors:
+        error = errors.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            errors.extend(error.exceptions)
+        else:
+            leaves.append(error)
+    return next((error for error in leaves if isinstance(error, DrumlineError)), leaves[0])

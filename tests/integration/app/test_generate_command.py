@@ -212,7 +212,7 @@ def test_what_cannot_work_is_told_in_one_line_with_its_status(
     done = generate(temporary, *flags)
     assert done.returncode == status
     assert done.stdout == ""
-    assert named in done.stderr.splitlines()[-1]
+    assert named in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_a_model_without_tokenizer_serves_token_ids_and_refuses_text(temporary: Path, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_output_that_cannot_be_written_is_told_in_one_line(
         ["bash", "-c", script], env=environment(temporary), capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 1, done.stderr
-    assert named in done.stderr.splitlines()[-1]
+    assert named in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
 
 

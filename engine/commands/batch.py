@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import Any, BinaryIO
 
 import msgspec
@@ -134,6 +134,9 @@ async def open_lines(path: Path) -> tuple[BinaryIO, int]:
 
     In a thread of its own, which nobody waits for when the command is interrupted: a pipe may never end.
     """
+    with suppress(OSError):
+        # Looked for by writing a file, which an interrupted thread would leave behind. Whoever needs it is told.
+        gettempdir()
     loop = asyncio.get_running_loop()
     opened: asyncio.Future[tuple[BinaryIO, int]] = loop.create_future()
 

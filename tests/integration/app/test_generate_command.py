@@ -1,5 +1,6 @@
 """``drumline generate`` as a process: its output, its files, its signals and its exit status."""
 
+import errno
 import json
 import os
 import pty
@@ -242,16 +243,30 @@ def test_a_batch_may_come_through_a_pipe(temporary: Path, tmp_path: Path) -> Non
     assert sorted(line["request_id"] for line in lines_of(results)) == ["line-1", "line-3"]
 
 
+def open_for_writing(pipe: Path, reader: subprocess.Popen[str]) -> int:
+    """The write end of a FIFO, once ``reader`` has opened the other end."""
+    deadline = time.monotonic() + 60
+    while reader.poll() is None and time.monotonic() < deadline:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+        time.sleep(0.02)
+    raise AssertionError(f"nobody opened {pipe}; exit status {reader.poll()}")
+
+
 def test_ctrl_c_ends_the_wait_for_a_pipe_that_says_nothing(temporary: Path, tmp_path: Path) -> None:
     silent = tmp_path / "silent"
     os.mkfifo(silent)
     with running(
         temporary, "--input-file", str(silent), "--output-file", str(tmp_path / "out.jsonl"), *SMALL
     ) as process:
-        time.sleep(2.0)
+        writer = open_for_writing(silent, process)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=10)
-    assert process.returncode in (130, -signal.SIGINT)
+        os.close(writer)
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize(

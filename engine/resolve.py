@@ -21,6 +21,7 @@ from drumline.protocol.layout import Layout
 from drumline.protocol.messages import I32, ModelInfo, WorkerConfig
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.placement import initial_placement
+from drumline.protocol.shards import check_model
 
 MAX_TOKENIZER_BYTES = 48 << 20
 DEMO = "demo"
@@ -94,7 +95,7 @@ def resolve(config: EngineConfig) -> ResolvedConfig:
         tensor_parallel_size=parallel.tensor_parallel_size,
         enable_expert_parallel=parallel.enable_expert_parallel,
     )
-    layout.validate(spec.num_experts)
+    check_model(layout, spec)
     max_model_len = _max_model_len(config, spec)
     check_chunked_prefill(config.scheduler, max_model_len)
     groups = tuple(

@@ -68,6 +68,7 @@ class Admit(Part, frozen=True):
 
     ``tokens``: int32 (length,), prompt and the tokens generated so far. ``prompt_len``: length of the original prompt.
     ``num_cached``: leading tokens whose KV is in ``blocks`` already. ``blocks``: int32, block ids of the replica.
+    ``lane``: in whose steps the row computes, 0 to pp_size - 1.
     """
 
     row: int
@@ -76,6 +77,7 @@ class Admit(Part, frozen=True):
     num_cached: int
     blocks: I32
     sampling: SamplingSpec
+    lane: int = 0
 
 
 class Member(Part, frozen=True):
@@ -96,7 +98,13 @@ class LogprobEntry(Part, frozen=True):
 
 
 class WorkerConfig(Part, frozen=True):
-    """All that a rank must know before it is configured; its digest is compared in the handshake."""
+    """All that a rank must know before it is configured; its digest is compared in the handshake.
+
+    ``kv_cache_dtype``: auto is the model's. ``worker_cls``: auto, or module.Class. ``distributed_timeout_s``: deadline
+    of a collective. ``max_parallel_loading_workers``: how many ranks of a host load at once, 0 for all, agreed on by
+    lock files in ``runtime_dir``. The first rank that its host starts, ``first_local_rank``, takes device number
+    ``first_local_device``, the next ones those that follow.
+    """
 
     model: str
     dtype: str
@@ -117,6 +125,17 @@ class WorkerConfig(Part, frozen=True):
     num_threads: int = 0
     fault_injection: bool = False
     beat_interval_s: float = 1.0
+    attention_data_parallel_size: int = 1
+    pipeline_partition: tuple[int, ...] = ()
+    all2all_backend: str = "allgather_reducescatter"
+    kv_cache_dtype: str = "auto"
+    worker_cls: str = "auto"
+    worker_extension_cls: str = ""
+    distributed_timeout_s: float = 120.0
+    max_parallel_loading_workers: int = 0
+    runtime_dir: str = ""
+    first_local_rank: int = 0
+    first_local_device: int = 0
 
 
 # ------------------------------------------------------------------------------------------- coordinator to worker
@@ -161,8 +180,8 @@ class Step(Message, frozen=True, tag=4):
     A row holds ``length`` known tokens of which ``computed`` are in the KV cache. When a row's computed reaches its
     length, one token is sampled and length grows by one. A row decodes when computed == length - 1 and it has
     sampled since it was admitted; rows that are still in prefill compute only when named.
-    ``num_tokens_across_dp``: int32 (replicas of the group,), tokens that each replica computes in this step; a
-    replica with 0 runs a dummy step.
+    ``num_tokens_across_dp``: int32 (attention replicas of the group,), tokens that each replica computes in this step;
+    a replica with 0 runs a dummy step. ``lane``: only rows of this lane compute, named or not.
     """
 
     term: int
@@ -176,6 +195,7 @@ class Step(Message, frozen=True, tag=4):
     append_blocks: I32
     prefill_rows: I32
     prefill_counts: I32
+    lane: int = 0
 
 
 class Call(Message, frozen=True, tag=5):
@@ -236,7 +256,8 @@ class Ready(Message, frozen=True, tag=22):
 
 
 class StepDone(Message, frozen=True, tag=23):
-    """``tokens``: int32, the token sampled by each row that sampled in this step, in ascending row order.
+    """``tokens``: int32, the token sampled by each row that sampled in this step, in ascending row order. Only the
+    first rank of the last stage of an attention replica sends them; from all others it is empty, an acknowledgement.
 
     ``logprobs``: entries for those of them that asked, with ``logprob_index`` (int32) their place in ``tokens``.
     """

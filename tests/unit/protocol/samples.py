@@ -18,6 +18,7 @@ from drumline.protocol.codec import Codec
 from drumline.protocol.errors import ErrorInfo
 
 GOLDEN_PATH = Path(__file__).with_name("golden.json")
+EARLIER_PATH = Path(__file__).with_name("golden_before_lanes.json")
 
 UNIONS: dict[str, Any] = {
     "ToWorker": m.ToWorker,
@@ -72,6 +73,17 @@ CONFIG = m.WorkerConfig(
     num_threads=1,
     fault_injection=False,
     beat_interval_s=0.5,
+    attention_data_parallel_size=2,
+    pipeline_partition=(3, 4),
+    all2all_backend="all_to_all",
+    kv_cache_dtype="bfloat16",
+    worker_cls="app.MyWorker",
+    worker_extension_cls="app.Extension",
+    distributed_timeout_s=30.0,
+    max_parallel_loading_workers=2,
+    runtime_dir="/run/drumline",
+    first_local_rank=2,
+    first_local_device=1,
 )
 ERROR = ErrorInfo(
     kind="request_failed",
@@ -121,11 +133,12 @@ SAMPLES: tuple[m.Message, ...] = (
         step=1000,
         num_tokens_across_dp=i32(600, 0),
         evicted=i32(7),
-        admitted=(m.Admit(7, LONG_PROMPT, 600, 32, i32(4, 5, 6), SAMPLING),),
+        admitted=(m.Admit(7, LONG_PROMPT, 600, 32, i32(4, 5, 6), SAMPLING, 1),),
         append_rows=i32(1, 2),
         append_blocks=i32(90, 91),
         prefill_rows=i32(7),
         prefill_counts=i32(568),
+        lane=1,
     ),
     m.Call(term=2, epoch=3, call_id=9, method="stats", args=b"\x90"),
     m.Shutdown(term=2, reason="closed"),

@@ -13,10 +13,10 @@ def test_ranks_run_through_tp_then_pp_then_dp() -> None:
     assert layout.global_rank(1, 2, 1) == 11
     assert [layout.coordinates(r) for r in (0, 1, 2, 6, 11)] == [
         Coordinates(0, 0, 0),
-        Coordinates(0, 0, 1),
+        Coordinates(0, 0, 1, 0, 1),
         Coordinates(0, 1, 0),
         Coordinates(1, 0, 0),
-        Coordinates(1, 2, 1),
+        Coordinates(1, 2, 1, 0, 1),
     ]
 
 
@@ -68,31 +68,43 @@ def test_moe_replicas_step_together_and_dense_ones_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "num_experts"),
-    [(Layout(), 0), (Layout(), 16), (Layout(4), 0), (Layout(4, enable_expert_parallel=True), 16)],
-)
-def test_layouts_that_can_run_are_accepted(layout: Layout, num_experts: int) -> None:
-    layout.validate(num_experts)
-
-
-@pytest.mark.parametrize(
-    ("layout", "num_experts", "field"),
+    ("layout", "field"),
     [
-        (Layout(0), 0, "data_parallel_size"),
-        (Layout(-2), 0, "data_parallel_size"),
-        (Layout(True), 0, "data_parallel_size"),
-        (Layout(tensor_parallel_size=2), 16, "tensor_parallel_size"),
-        (Layout(pipeline_parallel_size=2), 0, "pipeline_parallel_size"),
-        (Layout(2), 16, "enable_expert_parallel"),
-        (Layout(1, enable_expert_parallel=True), 0, "enable_expert_parallel"),
-        (Layout(17, enable_expert_parallel=True), 16, "data_parallel_size"),
+        (Layout(0), "data_parallel_size"),
+        (Layout(-2), "data_parallel_size"),
+        (Layout(True), "data_parallel_size"),
+        (Layout(tensor_parallel_size=0), "tensor_parallel_size"),
+        (Layout(pipeline_parallel_size=-1), "pipeline_parallel_size"),
+        (Layout(tensor_parallel_size=4, attention_data_parallel_size=3), "attention_data_parallel_size"),
+        (Layout(pipeline_parallel_size=2, pipeline_partition=(1, 2, 3)), "pipeline_partition"),
+        (Layout(pipeline_parallel_size=2, pipeline_partition=(0, 2)), "pipeline_partition"),
     ],
 )
-def test_layouts_that_cannot_run_are_refused_by_field(layout: Layout, num_experts: int, field: str) -> None:
+def test_sizes_that_make_no_world_are_refused_by_field(layout: Layout, field: str) -> None:
     with pytest.raises(InvalidConfig) as caught:
-        layout.validate(num_experts)
+        layout.check()
     assert caught.value.field == field
     assert caught.value.info.valid
+
+
+def test_the_groups_of_two_by_two_by_two() -> None:
+    layout = Layout(2, 2, 2)
+    ranks = range(8)
+    assert sorted({layout.pp_group(r) for r in ranks}) == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert sorted({layout.dp_group(r) for r in ranks}) == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert sorted({layout.expert_group(r) for r in ranks}) == [(0, 1, 4, 5), (2, 3, 6, 7)]
+    assert sorted({layout.tp_group(r) for r in ranks}) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+
+
+def test_attention_replicas_are_neighbours_within_the_tp_ranks_of_each_stage() -> None:
+    layout = Layout(1, 2, 4, attention_data_parallel_size=2)
+    assert layout.attn_tp_group(1) == (0, 1)
+    assert layout.attn_tp_group(6) == (6, 7)
+    assert layout.attn_dp_group(1) == (1, 3)
+    assert layout.ranks_of_replica(1) == (2, 3, 6, 7)
+    assert [layout.reporting_rank(replica) for replica in range(2)] == [4, 6]
+    assert [layout.replica_of(rank) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert layout.coordinates(7).attn_rank == layout.coordinates(7).attn_tp_rank == 1
 
 
 @pytest.mark.parametrize(

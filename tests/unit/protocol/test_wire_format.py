@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import typing
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from drumline.protocol import messages as m
 from drumline.protocol.codec import Codec, DecodeError
 
-from .samples import ALL_MESSAGES, ANY_MESSAGE, SAMPLES, UNIONS, i32, plain, read_golden
+from .samples import ALL_MESSAGES, ANY_MESSAGE, EARLIER_PATH, SAMPLES, UNIONS, i32, plain, read_golden
 
 CODEC: Codec[Any] = Codec(ANY_MESSAGE)
 BY_NAME = {type(sample).__name__: sample for sample in SAMPLES}
@@ -91,6 +92,14 @@ def test_fields_that_a_newer_build_appended_are_passed_over(name: str) -> None:
     head = msgspec.msgpack.decode(frames[0])
     newer = msgspec.msgpack.encode([*head, "a field of the future", [1, 2, {"a": None}]])
     assert plain(CODEC.decode([newer, *frames[1:]])) == plain(BY_NAME[name])
+
+
+def test_bytes_from_before_there_were_lanes_still_decode() -> None:
+    for name, frames in json.loads(EARLIER_PATH.read_text()).items():
+        decoded = CODEC.decode([bytes.fromhex(frame) for frame in frames])
+        assert type(decoded).__name__ == name
+        if isinstance(decoded, m.Step):
+            assert (decoded.lane, decoded.admitted[0].lane) == (0, 0)
 
 
 def test_a_message_of_another_direction_is_not_taken() -> None:

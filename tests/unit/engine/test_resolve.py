@@ -98,10 +98,10 @@ def test_a_checkpoint_that_is_cut_short_names_both_sizes(folder: Path) -> None:
     assert str(size - 100) in text
 
 
-def test_experts_over_several_replicas_need_expert_parallelism() -> None:
-    error = refusal(EngineConfig("demo", parallel=ParallelConfig(data_parallel_size=2)))
-    assert error.info.field == "enable_expert_parallel"
-    assert error.info.found == "False"
+def test_experts_that_cannot_be_cut_over_the_replicas_are_refused() -> None:
+    error = refusal(EngineConfig("demo", parallel=ParallelConfig(data_parallel_size=7)))
+    assert error.info.field == "data_parallel_size"
+    assert "enable_expert_parallel" in error.info.valid
 
 
 def test_more_ranks_than_experts_are_refused() -> None:

@@ -47,13 +47,29 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class RopeScaling(msgspec.Struct, frozen=True):
-    """How rotary frequencies are scaled. ``kind`` is default, linear (uses ``factor``) or llama3 (uses all)."""
+    """How rotary frequencies are scaled. ``kind`` is default, linear (uses ``factor``), llama3 (and ``low_freq_factor``,
+    ``high_freq_factor``, ``original_max_position_embeddings``) or yarn (and ``beta_fast``, ``beta_slow``, ``truncate``,
+    ``original_max_position_embeddings``). ``attention_factor`` multiplies cos and sin; it is 1 unless kind is yarn."""
 
     kind: str = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+class MlaSpec(msgspec.Struct, frozen=True):
+    """Multi-head latent attention. Sizes in channels; ``q_lora_rank`` 0: queries are projected directly."""
+
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
 
 
 class MoeSpec(msgspec.Struct, frozen=True):
@@ -64,6 +80,12 @@ class MoeSpec(msgspec.Struct, frozen=True):
     moe_intermediate_size: int
     norm_topk_prob: bool
     layers: tuple[int, ...]
+    shared_intermediate_size: int = 0
+    scoring: str = "softmax"
+    topk_method: str = "greedy"
+    num_groups: int = 1
+    topk_groups: int = 1
+    routed_scaling_factor: float = 1.0
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
@@ -93,6 +115,15 @@ class ModelSpec(msgspec.Struct, frozen=True):
     bos_token_id: int
     dtype: str
     moe: MoeSpec | None = None
+    attention_output_bias: bool = False
+    mla: MlaSpec | None = None
+    rope_interleaved: bool = False
+    softmax_scale: float = 0.0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a query head that rotate."""
+        return self.mla.qk_rope_head_dim if self.mla is not None else self.head_dim
 
     @property
     def is_moe(self) -> bool:

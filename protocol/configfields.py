@@ -92,12 +92,14 @@ class ConfigFields:
             raise self.invalid(name, value, f"a finite number above {above:g}")
         return float(value)
 
-    def factor(self, name: str) -> float:
-        """A finite number above 0; 0 when it is absent or 0."""
+    def number_or_zero(self, name: str, *, maximum: float) -> float:
+        """A number from 0 to ``maximum``; 0 when absent."""
         value = self._values.get(name)
-        if value is None or (value == 0 and not isinstance(value, bool)):
+        if value is None:
             return 0.0
-        return self.number(name, above=0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= maximum:
+            raise self.invalid(name, value, f"a number from 0 to {maximum:g}")
+        return float(value)
 
     def one_of(self, name: str, valid: Sequence[str], *, default: str) -> str:
         """One of the words of ``valid``."""

@@ -13,6 +13,8 @@ import msgspec
 
 from drumline.protocol.configfields import ConfigFields
 
+# Published values are 0.707 and 1; what is far beyond would overflow a scale of float32.
+MAX_MSCALE = 1000.0
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -68,7 +70,7 @@ def read_rope(fields: ConfigFields, *, default_theta: float, max_positions: int)
     if kind == "default":
         return Rope(theta, RopeScaling())
     factor = rope.number("factor", above=0.0)
-    mscale_all_dim = rope.factor("mscale_all_dim")
+    mscale_all_dim = rope.number_or_zero("mscale_all_dim", maximum=MAX_MSCALE)
     if kind == "linear":
         return Rope(theta, RopeScaling(kind="linear", factor=factor), mscale_all_dim)
     # A length that stands beside the rope keys goes before the one within them.
@@ -111,7 +113,8 @@ def _yarn(rope: ConfigFields, factor: float, original: int) -> RopeScaling:
     beta_slow = rope.number("beta_slow", above=0.0, default=1.0)
     if beta_fast < beta_slow:
         raise rope.invalid("beta_fast", beta_fast, f"at least beta_slow ({beta_slow})")
-    mscale, mscale_all_dim = rope.factor("mscale"), rope.factor("mscale_all_dim")
+    mscale = rope.number_or_zero("mscale", maximum=MAX_MSCALE)
+    mscale_all_dim = rope.number_or_zero("mscale_all_dim", maximum=MAX_MSCALE)
     if mscale and mscale_all_dim:
         implied = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
     else:

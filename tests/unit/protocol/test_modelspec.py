@@ -1,51 +1,13 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from drumline.protocol.errors import InvalidConfig
-from drumline.protocol.modelspec import ModelSpec, MoeSpec, RopeScaling
-
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 1000,
-    "rms_norm_eps": 1e-05,
-    "hidden_act": "silu",
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-QWEN3: dict[str, Any] = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}
-MOE: dict[str, Any] = QWEN3 | {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 48,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-
-
-def write(folder: Path, config: object, generation: object | None = None) -> Path:
-    (folder / "config.json").write_text(json.dumps(config))
-    if generation is not None:
-        (folder / "generation_config.json").write_text(json.dumps(generation))
-    return folder
-
-
-def read(folder: Path, config: object, generation: object | None = None) -> ModelSpec:
-    return ModelSpec.from_folder(write(folder, config, generation))
+from drumline.protocol.modelspec import SUPPORTED_ARCHITECTURES, ModelSpec, MoeSpec, RopeScaling
+from tests.unit.protocol.modelconfigs import LLAMA, MIXTRAL, MOE, QWEN2, QWEN3, parse, read, without
 
 
 def test_a_llama_folder_of_transformers_4(tmp_path: Path) -> None:
@@ -89,22 +51,58 @@ def test_both_key_styles_mean_the_same_model(tmp_path: Path) -> None:
     assert spec.head_dim == 32
 
 
-def test_linear_scaling_and_default_rope(tmp_path: Path) -> None:
-    linear = read(tmp_path, LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 2}})
-    assert linear.rope_scaling == RopeScaling(kind="linear", factor=2.0)
-    assert linear.rope_theta == 10000.0
-    assert read(tmp_path, LLAMA | {"rope_parameters": {"rope_theta": 7.0}}).rope_theta == 7.0
-
-
 def test_what_a_config_leaves_out_is_what_transformers_assumes(tmp_path: Path) -> None:
-    sparse = {k: v for k, v in MOE.items() if k not in ("head_dim", "norm_topk_prob", "rms_norm_eps", "eos_token_id")}
-    spec = read(tmp_path, sparse)
-    assert (spec.head_dim, spec.rms_norm_eps, spec.eos_token_ids, spec.dtype) == (16, 1e-6, (), "float32")
+    sparse = without(MOE, "head_dim", "norm_topk_prob", "rms_norm_eps", "eos_token_id", "num_key_value_heads")
+    spec = read(tmp_path, sparse | {"num_attention_heads": 8})
+    assert (spec.head_dim, spec.rms_norm_eps, spec.eos_token_ids, spec.dtype) == (8, 1e-6, (), "float32")
+    assert spec.num_kv_heads == 4
     assert spec.moe is not None
     assert not spec.moe.norm_topk_prob
-    dense = {k: v for k, v in QWEN3.items() if k not in ("head_dim", "num_key_value_heads")}
-    spec = read(tmp_path, dense)
-    assert (spec.head_dim, spec.num_kv_heads) == (128, 4)
+    spec = read(tmp_path, without(QWEN3, "head_dim", "num_key_value_heads") | {"num_attention_heads": 64})
+    assert (spec.head_dim, spec.num_kv_heads) == (128, 32)
+    spec = read(tmp_path, without(LLAMA, "num_key_value_heads"))
+    assert (spec.head_dim, spec.num_kv_heads) == (16, 4)
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3, MOE, MIXTRAL])
+def test_key_value_heads_of_null_are_one_per_query_head(config: dict[str, Any]) -> None:
+    assert parse(config | {"num_key_value_heads": None}).num_kv_heads == 4
+
+
+def test_an_attention_bias_is_one_of_the_output_too(tmp_path: Path) -> None:
+    for config in (LLAMA, QWEN3, MOE):
+        spec = read(tmp_path, config | {"attention_bias": True})
+        assert (spec.attention_bias, spec.attention_output_bias) == (True, True)
+
+
+def test_qwen2_has_a_bias_on_queries_keys_and_values_whatever_its_config_says(tmp_path: Path) -> None:
+    for change in ({}, {"attention_bias": False}, {"use_sliding_window": False, "sliding_window": 4, "head_dim": 16}):
+        spec = read(tmp_path, QWEN2 | change)
+        assert (spec.attention_bias, spec.attention_output_bias, spec.qk_norm) == (True, False, False)
+        assert (spec.num_kv_heads, spec.head_dim, spec.rotary_dim, spec.moe) == (2, 16, 16, None)
+    assert parse(
+        without(QWEN2, "num_key_value_heads", "max_position_embeddings") | {"num_attention_heads": 32}
+    ) == parse(QWEN2 | {"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 32768})
+
+
+def test_mixtral_has_experts_in_every_layer_and_normalises(tmp_path: Path) -> None:
+    spec = read(tmp_path, MIXTRAL)
+    assert spec.moe == MoeSpec(num_experts=4, top_k=2, moe_intermediate_size=128, norm_topk_prob=True, layers=(0, 1))
+    assert (spec.attention_bias, spec.attention_output_bias, spec.qk_norm) == (False, False, False)
+    assert spec == parse(without(MIXTRAL, "num_local_experts") | {"num_experts": 4})
+
+
+def test_what_a_mixtral_config_leaves_out() -> None:
+    absent = ("num_key_value_heads", "num_local_experts", "num_experts_per_tok", "rms_norm_eps", "sliding_window")
+    spec = parse(without(MIXTRAL, *absent, "max_position_embeddings") | {"num_attention_heads": 16})
+    assert (spec.num_kv_heads, spec.rms_norm_eps, spec.rope_theta) == (8, 1e-5, 1e6)
+    assert spec.max_position_embeddings == 131072
+    assert spec.moe is not None
+    assert (spec.moe.num_experts, spec.moe.top_k) == (8, 2)
+
+
+def test_a_window_that_no_position_leaves_is_no_window() -> None:
+    assert parse(MIXTRAL | {"sliding_window": 512}) == parse(MIXTRAL)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +155,7 @@ def test_settings_without_effect_are_accepted(tmp_path: Path, harmless: dict[str
 @pytest.mark.parametrize(
     ("change", "field", "valid"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "architectures", "Qwen3MoeForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "architectures", ", ".join(SUPPORTED_ARCHITECTURES)),
         ({"architectures": []}, "architectures", "LlamaForCausalLM"),
         ({"architectures": None}, "architectures", "Qwen3ForCausalLM"),
         ({"architectures": "Qwen3ForCausalLM"}, "architectures", "a list"),
@@ -169,18 +167,7 @@ def test_settings_without_effect_are_accepted(tmp_path: Path, harmless: dict[str
         ({"mlp_bias": True}, "mlp_bias", "false"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "1"),
         ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size", "0"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_scaling.rope_type", "default, linear, llama3"),
-        ({"rope_scaling": {"factor": 2}}, "rope_scaling.rope_type", "linear"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor", "number"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor", "above 0"),
-        ({"rope_scaling": "linear"}, "rope_scaling", "object"),
-        (
-            {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
-            "rope_parameters.high_freq_factor",
-            "more than",
-        ),
-        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "rope_parameters.partial_rotary_factor", "1.0"),
-        ({"rope_parameters": {"full_attention": {}, "rope_type": ["x"]}}, "rope_parameters.rope_type", "default"),
+        ({"n_shared_experts": 1}, "n_shared_experts", "0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers", "1 to"),
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers", "1 to"),
         ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers", "1 to 4096"),
@@ -227,6 +214,41 @@ def test_impossible_expert_settings_are_refused(tmp_path: Path, change: dict[str
     with pytest.raises(InvalidConfig) as caught:
         read(tmp_path, MOE | change)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "valid"),
+    [
+        ({"sliding_window": 511}, "sliding_window", "at least max_position_embeddings (512)"),
+        ({"sliding_window": "none"}, "sliding_window", "whole number"),
+        ({"attention_bias": True}, "attention_bias", "false"),
+        ({"n_shared_experts": 1}, "n_shared_experts", "0"),
+        ({"num_local_experts": 0}, "num_local_experts", "1 to 8192"),
+        ({"num_local_experts": 10_000}, "num_local_experts", "1 to 8192"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok", "1 to num_local_experts (4)"),
+        ({"intermediate_size": None}, "intermediate_size", "whole number"),
+    ],
+)
+def test_impossible_settings_of_mixtral_are_refused(change: dict[str, Any], field: str, valid: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        parse(MIXTRAL | change)
+    assert caught.value.field == field
+    assert valid in caught.value.info.valid
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3, MOE, MIXTRAL])
+def test_a_quantized_model_is_refused_unless_its_shape_alone_is_asked_for(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    quantized = config | {"quantization_config": {"quant_method": "fp8"}}
+    with pytest.raises(InvalidConfig) as caught:
+        ModelSpec.from_config(quantized, "somewhere")
+    assert caught.value.field == "quantization_config"
+    assert caught.value.text.startswith("somewhere: ")
+    assert ModelSpec.from_config(quantized, "somewhere", allow_quantized=True) == parse(config)
+    with pytest.raises(InvalidConfig, match="quantization_config"):
+        read(tmp_path, quantized)
+    assert ModelSpec.from_folder(tmp_path, allow_quantized=True) == parse(config)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '"x"', "[" * 100_000, "\ud800"])

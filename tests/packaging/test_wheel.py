@@ -71,6 +71,13 @@ def test_the_demo_model_is_in_the_wheel(wheel: Path) -> None:
         assert sizes[f"drumline/engine/demo/{name}"] == (ROOT / "engine" / "demo" / name).stat().st_size
 
 
+def test_the_shapes_of_well_known_models_are_in_the_wheel(wheel: Path) -> None:
+    held = set(zipfile.ZipFile(wheel).namelist())
+    shapes = {f"drumline/engine/model_shapes/{p.name}" for p in (ROOT / "engine" / "model_shapes").iterdir()}
+    assert shapes
+    assert shapes <= held
+
+
 def test_the_namespace_has_no_init_of_its_own(wheel: Path) -> None:
     assert "drumline/__init__.py" not in zipfile.ZipFile(wheel).namelist()
 

@@ -9,11 +9,33 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
-from drumline.protocol.modelspec import ModelSpec
+from drumline.protocol.modelspec import SUPPORTED_ARCHITECTURES, ModelSpec
 from tests.checkpoints import ALL_CHECKPOINTS, Checkpoints
 from tests.parametercount import count_parameters
+
+CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "LlamaForCausalLM": LlamaConfig,
+    "Qwen2ForCausalLM": Qwen2Config,
+    "Qwen3ForCausalLM": Qwen3Config,
+    "Qwen3MoeForCausalLM": Qwen3MoeConfig,
+    "MixtralForCausalLM": MixtralConfig,
+    "DeepseekV2ForCausalLM": DeepseekV2Config,
+    "DeepseekV3ForCausalLM": DeepseekV3Config,
+}
+# What a config must have, here as large as transformers would make it.
+REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 
 @pytest.fixture(params=ALL_CHECKPOINTS)
@@ -57,3 +79,17 @@ def test_experts_agree(folder: Path) -> None:
         assert hasattr(mlp.gate, "e_score_correction_bias") == (moe.topk_method == "noaux_tc")
         if moe.num_groups > 1:
             assert (mlp.gate.num_group, mlp.gate.topk_group) == (moe.num_groups, moe.topk_groups)
+
+
+@pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
+def test_what_a_config_leaves_out_is_what_transformers_would_fill_in(architecture: str) -> None:
+    complete = CONFIGS[architecture]().to_dict() | {"architectures": [architecture], "bos_token_id": None}
+    sparse = {name: complete[name] for name in (*REQUIRED, "architectures", "eos_token_id")}
+    if architecture == "Qwen3MoeForCausalLM":
+        sparse["moe_intermediate_size"] = complete["moe_intermediate_size"]
+    # transformers fills in null, which it could not run.
+    if architecture == "DeepseekV2ForCausalLM":
+        complete["num_experts_per_tok"] = sparse["num_experts_per_tok"] = 6
+    found = ModelSpec.from_config(sparse, "sparse")
+    assert found == ModelSpec.from_config(complete, "complete")
+    assert found.max_position_embeddings == complete["max_position_embeddings"]

@@ -210,13 +210,11 @@ _RECIPES: dict[str, _Recipe] = {
 }
 
 ALL_CHECKPOINTS = tuple(_RECIPES)
-CHECKPOINTS = ALL_CHECKPOINTS[:6]
-"""Of three layers, for one rank and for experts over ranks: Llama, Qwen3 and Qwen3-MoE."""
-MORE_CHECKPOINTS = ALL_CHECKPOINTS[6:11]
-"""The same of Qwen2, Mixtral and DeepSeek-V2 and V3."""
+CHECKPOINTS = ALL_CHECKPOINTS[:11]
+"""Of three or four layers, for one rank and for experts over ranks."""
 WIDE_CHECKPOINTS = ALL_CHECKPOINTS[11:]
 """Of seven layers, to be cut: tensor parallel by 2 and 4, pipelines of 2 and 3 stages."""
-MOE_CHECKPOINTS = tuple(name for name in CHECKPOINTS if "moe" in name)
+MOE_CHECKPOINTS = tuple(name for name in CHECKPOINTS if name.startswith(("qwen3-moe", "mixtral", "deepseek")))
 
 
 class Checkpoints:

@@ -37,8 +37,9 @@ def _decodes(plan: StepRows, batch: BatchTable, cache: KVCache) -> list[DecodeRo
         bias = np.where(beyond, np.float32("-inf"), np.float32(0.0))[:, None, :]
         bias = np.tile(bias, (kv_heads, 1, 1))
         blocks = batch.block_table[rows[start:end], :width].reshape(-1)
-        keys, values = (part[: kv_heads * len(blocks)].view(kv_heads, len(blocks), size, -1) for part in scratch)
-        decodes.append(DecodeRows(start, end, batch.on_device(blocks), batch.on_device(bias), keys, values))
+        room = [part[: kv_heads * len(blocks)].view(kv_heads, len(blocks), size, -1) for part in scratch]
+        values = room[1] if len(room) == 2 else None
+        decodes.append(DecodeRows(start, end, batch.on_device(blocks), batch.on_device(bias), room[0], values))
     return decodes
 
 

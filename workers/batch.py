@@ -87,6 +87,7 @@ class BatchTable:
         self.decoding = np.zeros(rows, dtype=bool)
         self.length = np.zeros(rows, dtype=np.int64)
         self.computed = np.zeros(rows, dtype=np.int64)
+        self.lane = np.zeros(rows, dtype=np.int64)
         self.prompt_len = np.zeros(rows, dtype=np.int64)
         self.last_token = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._sampling = SamplingColumns(rows)
@@ -139,6 +140,7 @@ class BatchTable:
         self.decoding[row] = False
         self.length[row] = length
         self.computed[row] = admit.num_cached
+        self.lane[row] = admit.lane
         self.prompt_len[row] = admit.prompt_len
         self.blocks_held[row] = blocks
         self.block_table[row, :blocks] = admit.blocks
@@ -166,10 +168,10 @@ class BatchTable:
 
     def _plan(self, step: Step) -> StepRows:
         named, named_counts = step.prefill_rows, step.prefill_counts
-        decodes = self.decoding.copy()
+        decodes = self.decoding & (self.lane == step.lane)
         prefill_rows = prefill_counts = np.zeros(0, dtype=np.int64)
         if len(named) or len(named_counts):
-            prefill_rows, prefill_counts = self._check_named(named, named_counts)
+            prefill_rows, prefill_counts = self._check_named(named, named_counts, step.lane)
             # A row that decodes may be named too: with 0 it waits, with 1 it does what it would have done.
             waits = prefill_rows[prefill_counts == 0]
             decodes[waits] = False
@@ -202,13 +204,17 @@ class BatchTable:
             return rows
         return rows[lengths.argsort(kind="stable")]
 
-    def _check_named(self, named: Array, named_counts: Array) -> tuple[Array, Array]:
+    def _check_named(self, named: Array, named_counts: Array, lane: int) -> tuple[Array, Array]:
         if len(named) != len(named_counts):
             raise ProtocolError(f"{len(named)} prefill rows with {len(named_counts)} counts")
         self._check_rows("prefill", named)
         rows, counts = named.astype(np.int64), named_counts.astype(np.int64)
         if len(np.unique(rows)) != len(rows):
             raise ProtocolError(f"a row is named twice among the prefill rows {rows.tolist()}")
+        astray = (self.lane[rows] != lane) & (counts > 0)
+        if astray.any():
+            row = int(rows[astray][0])
+            raise ProtocolError(f"row {row} of lane {int(self.lane[row])} shall compute in a step of lane {lane}")
         wrong = (counts < 0) | (counts > self.length[rows] - self.computed[rows])
         if wrong.any():
             row, count = int(rows[wrong][0]), int(counts[wrong][0])
@@ -267,17 +273,20 @@ class BatchTable:
         return TokenHistory(tokens, known, generated)
 
     def advance(self, plan: StepRows, sampled: Tensor | None) -> None:
-        """The step is done; ``sampled`` int64 (sampling rows,) are its tokens."""
+        """The step is done; ``sampled`` int64 (sampling rows,) are its tokens, None where they are not known (yet)."""
         self.computed[plan.rows] += plan.counts
-        if sampled is None:
-            return
         rows = plan.sampling_rows
-        self.last_token.index_copy_(0, self.on_device(rows), sampled)
+        if sampled is not None:
+            self.set_last_tokens(rows, sampled)
         self.length[rows] += 1
         fresh = rows[~self.decoding[rows]]
         self.decoding[fresh] = True
         for row in fresh.tolist():
             del self._pending[row]
+
+    def set_last_tokens(self, rows: Array, tokens: Tensor) -> None:
+        """The newest token of each of ``rows``: int64 (rows,) on the device."""
+        self.last_token.index_copy_(0, self.on_device(rows), tokens)
 
     def on_device(self, values: Array) -> Tensor:
         """An int64 or float array as a tensor on the device."""

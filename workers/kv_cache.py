@@ -12,29 +12,43 @@ from torch import Tensor
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.messages import WorkerConfig
 from drumline.protocol.modelspec import ModelSpec
+from drumline.protocol.shards import RankShards
+from drumline.protocol.weights import kv_entries_per_token
+from drumline.workers.loading import COMPUTE_DTYPES
 
 CPU_DEFAULT_LIMIT = 1 << 30
 _TOKEN_ID_BYTES = 4
 
 
 class KVCache:
-    """Keys and values of every layer in blocks of ``block_size`` tokens, with the token ids beside them.
+    """Keys and values of every layer of a stage in blocks of ``block_size`` tokens, with the token ids beside them.
 
-    ``keys[layer]`` and ``values[layer]`` are (kv heads, blocks, block size, head dim); ``tokens`` is int32
-    (blocks * block_size,), the id at each slot. They are written with the keys, so a block that is cached or shared
-    brings its ids along, and whatever needs a row's history reads it through the row's block table.
+    ``keys[i]`` and ``values[i]``, for the i-th layer of the stage, are (kv heads, blocks, block size, head dim); with
+    latent attention there are no values (None), and the keys are (1, blocks, block size, kv_lora_rank +
+    qk_rope_head_dim). ``tokens`` is int32 (blocks * block_size,), the id at each slot. They are written with the keys,
+    so a block that is cached or shared brings its ids along, and whatever needs a row's history reads it through the
+    row's block table.
     """
 
-    def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        shards: RankShards,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         self.num_blocks = num_blocks
         self.block_size = block_size
-        shape = (spec.num_layers, 2, spec.num_kv_heads, num_blocks, block_size, spec.head_dim)
+        heads, parts, width = _cache_shape(spec, shards)
+        shape = (shards.num_layers, parts, heads, num_blocks, block_size, width)
         # Zeros, because a masked position still takes part in products, and 0 * NaN of stale memory would be NaN.
         whole = _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
-        self.keys = [whole[layer, 0] for layer in range(spec.num_layers)]
-        self.values = [whole[layer, 1] for layer in range(spec.num_layers)]
+        self.keys = [layer[0] for layer in whole]
+        self.values = [layer[1] if parts == 2 else None for layer in whole]
         self.tokens = torch.zeros(num_blocks * block_size, dtype=torch.int32, device=device)
-        self._scratch = torch.empty(2, 0, block_size, spec.head_dim, dtype=dtype, device=device)
+        self._scratch = torch.empty(parts, 0, block_size, width, dtype=dtype, device=device)
 
     @property
     def gather_bytes(self) -> int:
@@ -42,7 +56,8 @@ class KVCache:
         return self.keys[0][:, 0].nbytes
 
     def scratch(self, num_blocks: int) -> Tensor:
-        """Room to gather ``num_blocks`` blocks of keys and of values into, (2, kv heads * num_blocks, block, head dim).
+        """Room to gather ``num_blocks`` blocks of keys and of values into, (2, kv heads * num_blocks, block, head dim);
+        with latent attention (1, num_blocks, block, channels).
 
         The same memory every time: fresh pages for each gather would cost more than the gather.
         """
@@ -50,7 +65,7 @@ class KVCache:
         needed = kv_heads * num_blocks
         if self._scratch.shape[1] < needed:
             larger = max(needed, 2 * self._scratch.shape[1])
-            self._scratch = self._scratch.new_empty(2, larger, block_size, head_dim)
+            self._scratch = self._scratch.new_empty(len(self._scratch), larger, block_size, head_dim)
         return self._scratch[:, :needed]
 
     def scrub(self, blocks: Tensor) -> None:
@@ -58,7 +73,7 @@ class KVCache:
 
         After a numeric fault: whoever gets these blocks next must not inherit it through masked positions.
         """
-        for part in (*self.keys, *self.values):
+        for part in (*self.keys, *(values for values in self.values if values is not None)):
             part.index_copy_(1, blocks, part.index_select(1, blocks).nan_to_num_(0.0, 0.0, 0.0))
 
 
@@ -68,14 +83,30 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.zeros(math.prod(shape) * itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-    """Memory of one block over all layers, the token ids included."""
-    itemsize = torch.empty(0, dtype=dtype).element_size()
-    per_token = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * itemsize
-    return block_size * (per_token + _TOKEN_ID_BYTES)
+def _cache_shape(spec: ModelSpec, shards: RankShards) -> tuple[int, int, int]:
+    """Heads, parts (keys and values, or latents alone) and channels of the cache of one layer."""
+    if spec.mla is not None:
+        return 1, 1, spec.mla.kv_lora_rank + spec.mla.qk_rope_head_dim
+    return shards.kv_heads[1] - shards.kv_heads[0], 2, spec.head_dim
 
 
-def choose_num_blocks(config: WorkerConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> int:
+def kv_dtype(requested: str, compute: torch.dtype) -> torch.dtype:
+    """The dtype of the cache: ``auto`` is the one computed in. Raises InvalidConfig for one that is not supported."""
+    if requested == "auto":
+        return compute
+    if requested not in COMPUTE_DTYPES:
+        raise InvalidConfig("kv_cache_dtype", requested, "auto, " + ", ".join(COMPUTE_DTYPES))
+    return COMPUTE_DTYPES[requested]
+
+
+def block_bytes(spec: ModelSpec, shards: RankShards, block_size: int, dtype: torch.dtype) -> int:
+    """Memory of one block over all layers of the rank, the token ids included."""
+    return block_size * (kv_entries_per_token(spec, shards) * dtype.itemsize + _TOKEN_ID_BYTES)
+
+
+def choose_num_blocks(
+    config: WorkerConfig, spec: ModelSpec, shards: RankShards, dtype: torch.dtype, device: torch.device
+) -> int:
     """How many blocks this rank's cache gets.
 
     ``config.num_blocks`` if it is set; else what ``kv_cache_memory_bytes`` holds if that is set; else on CUDA what
@@ -84,7 +115,7 @@ def choose_num_blocks(config: WorkerConfig, spec: ModelSpec, dtype: torch.dtype,
     the rows can use. Raises InvalidConfig, saying what would fit, when one sequence of ``max_model_len`` would not, or
     when there is not enough free memory.
     """
-    size = block_bytes(spec, config.block_size, dtype)
+    size = block_bytes(spec, shards, config.block_size, dtype)
     per_sequence = math.ceil(config.max_model_len / config.block_size)
     free = free_memory(device)
     if config.num_blocks > 0:

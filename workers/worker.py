@@ -21,6 +21,7 @@ from drumline.protocol.messages import (
     CallResult,
     Configure,
     Fault,
+    Member,
     OpenStore,
     Ready,
     Shutdown,
@@ -35,12 +36,11 @@ from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.stateless import StoreError, open_store
 from drumline.workers.abort import EpochAborted
 from drumline.workers.control import Control
-from drumline.workers.experts.exchange import GlooExchange
-from drumline.workers.experts.shared import SharedExchange
+from drumline.workers.epoch_groups import EpochGroups
 from drumline.workers.faults import describe
 from drumline.workers.fence import Fence
 from drumline.workers.groups import GroupCoordinator, GroupPlace, GroupTimeout, PeerLost, form_group
-from drumline.workers.layers.moe import LocalExchange
+from drumline.workers.held_bytes import held_bytes
 from drumline.workers.model_runner import ModelRunner
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,7 @@ class Worker:
         self._sizes = (0, 0, 0)
         self._load_s = 0.0
         self._store: object = None
-        self._group: GroupCoordinator | None = None
-        self._replica = 0
+        self.groups: EpochGroups | None = None
         self._handlers: dict[type, Callable[[Any], None]] = {
             WelcomeWorker: self._welcome,
             OpenStore: self._open_store,
@@ -115,7 +114,7 @@ class Worker:
         self._fence.broken = True  # until it is formed
         self._progress.enter_epoch(message.term, message.epoch)
         config = self._known_config()
-        self._replica = self._place_among(message)
+        self._check_members(message)
         placement = np.array(message.placement, dtype=np.int32)
         if self._runner is None:
             self._load(config, placement)
@@ -123,10 +122,7 @@ class Worker:
             raise ProtocolError(f"epoch {message.epoch} has another placement than the one that is loaded")
         runner = self._loaded()
         runner.reset()
-        if len(message.members) > 1:
-            self._form(message, runner)
-        else:
-            runner.set_exchange(LocalExchange())
+        self._form(config, message, runner)
         gc.collect()
         gc.freeze()  # what lives now lives long; collections from here on look at the rest
         self._fence.broken = False
@@ -145,31 +141,24 @@ class Worker:
             )
         )
 
-    def _place_among(self, message: Configure) -> int:
-        """This rank's place among the epoch's members, which is its replica's place in a step's token counts."""
-        for place, member in enumerate(message.members):
-            if member.rank == self._me.rank and member.incarnation == self._me.incarnation:
-                return place
-        members = ", ".join(f"{member.rank}/{member.incarnation}" for member in message.members)
-        raise ProtocolError(f"{self._me.rank}/{self._me.incarnation} is no member of the epoch; members: {members}")
+    def _check_members(self, message: Configure) -> None:
+        """Raises ProtocolError unless this incarnation of the rank is among the epoch's members."""
+        if Member(self._me.rank, self._me.incarnation) not in message.members:
+            members = ", ".join(f"{member.rank}/{member.incarnation}" for member in message.members)
+            me = f"{self._me.rank}/{self._me.incarnation}"
+            raise ProtocolError(f"{me} is no member of the epoch; members: {members}")
 
     def _load(self, config: WorkerConfig, placement: np.ndarray[Any, np.dtype[np.int32]]) -> None:
         start = time.monotonic()
-        layout = Layout(
-            config.data_parallel_size,
-            config.pipeline_parallel_size,
-            config.tensor_parallel_size,
-            config.enable_expert_parallel,
-        )
         spec = ModelSpec.from_folder(config.model)
-        device = choose_device(self._me.rank)
-        runner = ModelRunner(config, spec, device, layout.ep_rank(self._me.rank), layout.ep_size)
+        runner = ModelRunner(config, spec, choose_device(config, self._me.rank), layout_of(config), self._me.rank)
 
         def progress(done: int, total: int) -> None:
             self._progress.loaded(done, total)
             self._control.abort.check(self._fence.term, self._fence.epoch)
 
-        weight_bytes = runner.load(placement, progress)
+        runner.load(placement, progress)
+        weight_bytes = held_bytes(runner.model)
         num_blocks, block_bytes = runner.init_kv_cache()
         self._sizes = (num_blocks, block_bytes, weight_bytes)
         self._load_s = time.monotonic() - start
@@ -180,39 +169,43 @@ class Worker:
         text = "rank %d, pid %d: loaded %d bytes of weights in %.2f s, %d KV blocks, %d torch threads"
         log.info(text, self._me.rank, os.getpid(), weight_bytes, self._load_s, num_blocks, threads)
 
-    def _form(self, message: Configure, runner: ModelRunner) -> None:
-        place = GroupPlace(
-            message.term,
-            message.epoch,
-            self._me.rank,
-            tuple(member.rank for member in message.members),
-            message.store_host,
-            message.store_port,
-            runner.device,
-        )
-        self._group = group = form_group("experts", place, self._control.abort, self._progress)
-        shared = group.mailboxes
-        log.info("%d ranks exchange tokens over %s", group.size, "sockets" if shared is None else "shared memory")
-        runner.set_exchange(GlooExchange(group) if shared is None else SharedExchange(group, shared))
+    def _form(self, config: WorkerConfig, message: Configure, runner: ModelRunner) -> None:
+        """Meet the other ranks in every group that this one belongs to."""
+
+        def form(name: str, ranks: tuple[int, ...], connect: bool) -> GroupCoordinator:
+            host, port = message.store_host, message.store_port
+            place = GroupPlace(message.term, message.epoch, self._me.rank, ranks, host, port, runner.device)
+            deadline_s = config.distributed_timeout_s
+            return form_group(
+                name, place, self._control.abort, self._progress, connect=connect, collective_deadline_s=deadline_s
+            )
+
+        backend = config.all2all_backend
+        lockstep = runner.spec.is_moe
+        groups = EpochGroups(runner.layout, self._me.rank, lockstep=lockstep, all2all_backend=backend, form=form)
+        self.groups = groups
+        runner.meet(groups.for_steps())
+        sizes = ", ".join(f"{group.name} {group.world_size}" for group in groups if group.world_size > 1)
+        log.info("rank %d, epoch %d: groups %s", self._me.rank, message.epoch, sizes or "of one rank alone")
 
     def _leave_epoch(self) -> None:
         """Give up the groups and refuse what is left of the epoch. Never blocks."""
         self._fence.break_epoch()
         if self._runner is not None:
-            self._runner.set_exchange(LocalExchange())  # buffers given to a collective are never used again
-        if self._group is not None:
-            self._group.close()
-            self._group = None
+            self._runner.part()  # buffers given to a collective are never used again
+        if self.groups is not None:
+            self.groups.close()
+            self.groups = None
 
     # --------------------------------------------------------------------------------------------------------- steps
 
     def _step(self, step: Step) -> None:
         if not self._fence.admit(step):
             return
-        counts = step.num_tokens_across_dp
-        mine = int(counts[self._replica]) if self._replica < len(counts) else 0
-        self._progress.begin_step(step.step, mine == 0)
-        out = self._loaded().execute(step, self._replica)
+        runner = self._loaded()
+        counts, replica = step.num_tokens_across_dp, runner.place.replica
+        self._progress.begin_step(step.step, dummy=replica >= len(counts) or counts[replica] == 0)
+        out = runner.execute(step)
         self._control.send(
             StepDone(step.term, step.epoch, self._me.rank, step.step, out.tokens, out.logprob_index, out.logprobs)
         )
@@ -268,8 +261,22 @@ def choose_threads(config: WorkerConfig, weight_bytes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(1, config.local_ranks))
 
 
-def choose_device(rank: int) -> torch.device:
-    """CUDA where it is there, one device per local rank in turn; else the CPU."""
+def choose_device(config: WorkerConfig, rank: int) -> torch.device:
+    """CUDA where it is there: the host's first rank takes device ``first_local_device``, the next ones those that
+    follow, in turn; else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", rank % torch.cuda.device_count())
+        number = config.first_local_device + rank - config.first_local_rank
+        return torch.device("cuda", number % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def layout_of(config: WorkerConfig) -> Layout:
+    """The layout of the world that ``config`` describes."""
+    return Layout(
+        config.data_parallel_size,
+        config.pipeline_parallel_size,
+        config.tensor_parallel_size,
+        config.enable_expert_parallel,
+        config.attention_data_parallel_size,
+        config.pipeline_partition,
+    )

@@ -1,6 +1,7 @@
 """Drives model runners with hand-made steps, as a coordinator would: chunks, evictions, re-admissions, shared blocks.
 
-Several runners are the replicas of one lockstep group; their steps are planned together and run in threads.
+Several replicas make a lockstep group; their steps are planned together. Each replica may have several ranks (tensor
+parallel, stages of a pipeline), which are all given the replica's step. Every rank runs in a thread of its own.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drumline.protocol.layout import Layout
 from drumline.protocol.messages import Admit, LogprobEntry, SamplingSpec, Step, WorkerConfig
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.placement import initial_placement
-from drumline.workers.layers import ExpertExchange
+from drumline.workers.epoch_groups import StepGroups
 from drumline.workers.model_runner import ModelRunner, StepOutput
 
 STEP_DEADLINE_S = 30.0
@@ -43,21 +45,30 @@ def worker_config(folder: Path, **changes: Any) -> WorkerConfig:
     return WorkerConfig(**(values | changes))
 
 
-def loaded_runner(
-    config: WorkerConfig,
-    *,
-    ep_rank: int = 0,
-    ep_size: int = 1,
-    strategy: str = "linear",
-    exchange: ExpertExchange | None = None,
-) -> ModelRunner:
+def layout_of(config: WorkerConfig) -> Layout:
+    """The layout that a worker reads from its config."""
+    return Layout(
+        config.data_parallel_size,
+        config.pipeline_parallel_size,
+        config.tensor_parallel_size,
+        config.enable_expert_parallel,
+        config.attention_data_parallel_size,
+        config.pipeline_partition,
+    )
+
+
+def loaded_runner(config: WorkerConfig, rank: int = 0, *, groups: StepGroups | None = None) -> ModelRunner:
     """A runner with its weights and its cache, ready for the first step."""
     spec = ModelSpec.from_folder(config.model)
-    runner = ModelRunner(config, spec, torch.device("cpu"), ep_rank, ep_size)
-    runner.load(initial_placement(len(spec.moe_layers), spec.num_experts, ep_size if spec.is_moe else 1, strategy))
+    layout = layout_of(config)
+    runner = ModelRunner(config, spec, torch.device("cpu"), layout, rank)
+    strategy = config.expert_placement_strategy
+    runner.load(
+        initial_placement(len(spec.moe_layers), spec.num_experts, layout.ep_size if spec.is_moe else 1, strategy)
+    )
     runner.init_kv_cache()
-    if exchange is not None:
-        runner.set_exchange(exchange)
+    if groups is not None:
+        runner.meet(groups)
     return runner
 
 
@@ -85,10 +96,14 @@ class Stream:
 
 
 class _Replica:
-    """One runner's rows as the planner sees them."""
+    """One replica's rows as the planner sees them. ``runner`` is the rank that reports, one of ``ranks``."""
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self.runner = runner
+    def __init__(self, ranks: Sequence[ModelRunner], reporting: int, num_lanes: int) -> None:
+        self.ranks = ranks
+        self.runner = runner = ranks[reporting]
+        self.reporting = reporting
+        self.num_lanes = num_lanes
+        self.lanes: dict[int, int] = {}
         self.rows: dict[int, Stream] = {}
         self.waiting: list[Stream] = []
         self.free = list(range(runner.batch.num_blocks - 1, -1, -1))
@@ -97,8 +112,9 @@ class _Replica:
         self.dummy_steps = 0
         original = runner.model.logits
 
-        def capture(hidden: Tensor) -> Tensor:
+        def capture(hidden: Tensor) -> Tensor | None:
             logits = original(hidden)
+            assert logits is not None
             self.captured.append(logits.clone())
             return logits
 
@@ -113,9 +129,18 @@ class StepDriver:
     """Runs streams to their end. ``evict_chance`` per step and replica; ``share_prefixes`` reuses computed blocks."""
 
     def __init__(
-        self, runners: Sequence[ModelRunner], *, seed: int = 0, evict_chance: float = 0.0, share_prefixes: bool = False
+        self,
+        replicas: Sequence[Sequence[ModelRunner]],
+        *,
+        seed: int = 0,
+        evict_chance: float = 0.0,
+        share_prefixes: bool = False,
+        reporting: Sequence[int] = (),
     ) -> None:
-        self.replicas = [_Replica(runner) for runner in runners]
+        num_lanes = replicas[0][0].layout.pipeline_parallel_size
+        places = reporting or [0] * len(replicas)
+        self.replicas = [_Replica(ranks, place, num_lanes) for ranks, place in zip(replicas, places, strict=True)]
+        self.num_lanes = num_lanes
         self.random = random.Random(seed)
         self.evict_chance = evict_chance
         self.share_prefixes = share_prefixes
@@ -130,42 +155,48 @@ class StepDriver:
         for replica, streams in zip(self.replicas, streams_of_replicas, strict=True):
             replica.waiting.extend(streams)
         # OpenMP counts threads by thread: more than one each would only fight over the cores.
-        with ThreadPoolExecutor(len(self.replicas), initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        workers = sum(len(replica.ranks) for replica in self.replicas)
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as threads:
             while any(replica.unfinished for replica in self.replicas):
                 self._run_step(threads)
 
     def _run_step(self, threads: ThreadPoolExecutor) -> None:
-        plans = [self._plan(replica) for replica in self.replicas]
+        lane = self.step % self.num_lanes
+        plans = [self._plan(replica, lane) for replica in self.replicas]
         counts = np.array([sum(computes.values()) for _, computes in plans], dtype=np.int32)
         self.counts["dummy_steps"] += int((counts == 0).sum())
         self.step += 1
         runs = []
-        for number, (replica, (parts, _)) in enumerate(zip(self.replicas, plans, strict=True)):
-            step = Step(term=1, epoch=1, wave=1, step=self.step, num_tokens_across_dp=counts, **parts)
-            runs.append(threads.submit(replica.runner.execute, step, number))
-        # A replica that fails leaves the others waiting for it: its own error is the one worth seeing.
-        wait(runs, STEP_DEADLINE_S, FIRST_EXCEPTION)
-        for run in runs:
+        for replica, (parts, _) in zip(self.replicas, plans, strict=True):
+            step = Step(term=1, epoch=1, wave=1, step=self.step, num_tokens_across_dp=counts, lane=lane, **parts)
+            runs.append([threads.submit(rank.execute, step) for rank in replica.ranks])
+        # A rank that fails leaves the others waiting for it: its own error is the one worth seeing.
+        everything = [run for of_replica in runs for run in of_replica]
+        wait(everything, STEP_DEADLINE_S, FIRST_EXCEPTION)
+        for run in everything:
             if run.done():
                 run.result()
-        for replica, (_, computes), run in zip(self.replicas, plans, runs, strict=True):
-            self._apply(replica, computes, run.result(STEP_DEADLINE_S))
+        for replica, (_, computes), of_replica in zip(self.replicas, plans, runs, strict=True):
+            outputs = [run.result(STEP_DEADLINE_S) for run in of_replica]
+            assert all(not len(out.tokens) for place, out in enumerate(outputs) if place != replica.reporting)
+            self._apply(replica, computes, outputs[replica.reporting])
 
-    def _plan(self, replica: _Replica) -> tuple[dict[str, Any], dict[int, int]]:
+    def _plan(self, replica: _Replica, lane: int) -> tuple[dict[str, Any], dict[int, int]]:
         """The changing parts of a step, and how many tokens each row computes in it."""
         evicted = self._evict(replica)
         admitted = self._admit(replica)
         budget = self.random.choice((16, 40, replica.runner.config.max_num_batched_tokens))
-        computes = {row: 1 for row, stream in replica.rows.items() if stream.decoding and not stream.done}
+        rows = {row: stream for row, stream in replica.rows.items() if replica.lanes[row] == lane}
+        computes = {row: 1 for row, stream in rows.items() if stream.decoding and not stream.done}
         prefills: dict[int, int] = {}
-        for row, stream in replica.rows.items():
+        for row, stream in rows.items():
             left = len(stream.tokens) - stream.computed
             room = budget - sum(computes.values())
             if not stream.decoding and room > 0:
                 prefills[row] = computes[row] = min(left, room)
                 self.counts["chunks"] += left > room
         # Rows that are done stay until they are evicted; they are told to wait.
-        waits = {row: 0 for row, stream in replica.rows.items() if stream.decoding and stream.done}
+        waits = {row: 0 for row, stream in rows.items() if stream.decoding and stream.done}
         self.counts["mixed_steps"] += 0 < len(prefills) < len(computes)
         appended = [pair for row, count in computes.items() for pair in self._append(replica, row, count)]
         named = prefills | waits
@@ -201,12 +232,14 @@ class StepDriver:
         while replica.waiting and free_rows:
             stream, row = replica.waiting.pop(0), free_rows.pop()
             replica.rows[row] = stream
+            replica.lanes[row] = lane = self.random.randrange(self.num_lanes)
             if self.share_prefixes:
                 stream.blocks = self._cached_blocks(replica, stream.tokens)
             stream.computed = len(stream.blocks) * replica.runner.config.block_size
             self.counts["cached_tokens"] += stream.computed
             tokens, blocks = _int32(stream.tokens), _int32(stream.blocks)
-            admitted.append(Admit(row, tokens, len(stream.prompt), stream.computed, blocks, stream.sampling))
+            length, sampling = len(stream.prompt), stream.sampling
+            admitted.append(Admit(row, tokens, length, stream.computed, blocks, sampling, lane))
         return admitted
 
     def _cached_blocks(self, replica: _Replica, tokens: list[int]) -> list[int]:

@@ -12,18 +12,13 @@ from tests.checkpoints import MOE_CHECKPOINTS, Checkpoints
 from tests.parity.oracle import Oracle, relative_error
 from tests.parity.stepdriver import StepDriver, Stream, loaded_runner, worker_config
 from tests.parity.test_one_rank import TOLERANCE, mixed_streams
-from tests.parity.threadexchange import ThreadExchange, ThreadGroup
+from tests.parity.threadranks import thread_driver
 
 
-def spread(checkpoints: Checkpoints, name: str, size: int, strategy: str) -> tuple[StepDriver, list[ThreadExchange]]:
-    group = ThreadGroup(size)
-    exchanges = [group.member(rank) for rank in range(size)]
-    config = worker_config(checkpoints(name), data_parallel_size=size, enable_expert_parallel=True)
-    runners = [
-        loaded_runner(config, ep_rank=rank, ep_size=size, strategy=strategy, exchange=exchange)
-        for rank, exchange in enumerate(exchanges)
-    ]
-    return StepDriver(runners, seed=5, evict_chance=0.05, share_prefixes=True), exchanges
+def spread(checkpoints: Checkpoints, name: str, size: int, strategy: str) -> StepDriver:
+    return thread_driver(
+        checkpoints(name), data_parallel_size=size, enable_expert_parallel=True, expert_placement_strategy=strategy
+    )
 
 
 @pytest.mark.parametrize("name", MOE_CHECKPOINTS)
@@ -31,7 +26,7 @@ def spread(checkpoints: Checkpoints, name: str, size: int, strategy: str) -> tup
 def test_spread_experts_write_what_transformers_writes(
     checkpoints: Checkpoints, name: str, size: int, strategy: str
 ) -> None:
-    driver, exchanges = spread(checkpoints, name, size, strategy)
+    driver = spread(checkpoints, name, size, strategy)
     streams = mixed_streams(seed=2, max_tokens=64 if size == 2 else 24)
     # The last replica has one short stream alone, so that it runs dummy steps while the others go on.
     shares = [streams[rank :: size - 1] if rank < size - 1 else [] for rank in range(size)]
@@ -42,7 +37,6 @@ def test_spread_experts_write_what_transformers_writes(
     driver.close()
     assert driver.counts["dummy_steps"] > 0
     assert driver.counts["evictions"] > 0
-    assert len({exchange.exchanges for exchange in exchanges}) == 1
     oracle = Oracle(checkpoints(name))
     for stream in streams:
         verdict = oracle.judge(stream.prompt, stream.generated)
@@ -59,21 +53,21 @@ def test_sampled_tokens_are_the_same_in_every_layout_and_company(checkpoints: Ch
         Stream(prompt, 32, SamplingSpec(temperature=0.8, top_p=0.9, seed=1000 + i)) for i, prompt in enumerate(prompts)
     ]
     one, two = copy.deepcopy(streams), copy.deepcopy(streams)
-    driver = StepDriver([loaded_runner(worker_config(checkpoints("qwen3-moe")))])
+    driver = StepDriver([[loaded_runner(worker_config(checkpoints("qwen3-moe")))]])
     driver.run([one])
     driver.close()
-    driver, _ = spread(checkpoints, "qwen3-moe", size, "round_robin")
+    driver = spread(checkpoints, "qwen3-moe", size, "round_robin")
     driver.run([two[rank::size] for rank in range(size)])
     driver.close()
     assert [stream.generated for stream in one] == [stream.generated for stream in two]
 
 
 def test_load_counts_each_pair_once_where_it_is_computed(checkpoints: Checkpoints) -> None:
-    driver, _ = spread(checkpoints, "qwen3-moe", 2, "round_robin")
+    driver = spread(checkpoints, "qwen3-moe", 2, "round_robin")
     driver.run([[Stream(list(range(50)), 6)], []])
     driver.close()
     one = loaded_runner(worker_config(checkpoints("qwen3-moe")))
-    single = StepDriver([one])
+    single = StepDriver([[one]])
     single.run([[Stream(list(range(50)), 6)]])
     single.close()
     first, second = (replica.runner.expert_load for replica in driver.replicas)

@@ -18,13 +18,13 @@ TOLERANCE = 1e-4
 LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 30, 31, 33, 40, 64, 65, 90, 120)
 
 
-def mixed_streams(seed: int, max_tokens: int = 64, shared: int = 24) -> list[Stream]:
+def mixed_streams(seed: int, max_tokens: int = 64, shared: int = 24, vocab_size: int = VOCAB_SIZE) -> list[Stream]:
     """16 prompts of different lengths; the longer ones begin with the same tokens."""
     draw = random.Random(seed)
-    beginning = [draw.randrange(VOCAB_SIZE) for _ in range(shared)]
+    beginning = [draw.randrange(vocab_size) for _ in range(shared)]
     streams = []
     for length in LENGTHS:
-        own = [draw.randrange(VOCAB_SIZE) for _ in range(length)]
+        own = [draw.randrange(vocab_size) for _ in range(length)]
         streams.append(Stream((beginning + own)[:length] if length > shared else own, max_tokens))
     draw.shuffle(streams)
     return streams
@@ -37,7 +37,7 @@ def folder(request: pytest.FixtureRequest, checkpoints: Checkpoints) -> Path:
 
 @pytest.fixture
 def driver(folder: Path) -> Iterator[StepDriver]:
-    driver = StepDriver([loaded_runner(worker_config(folder))], seed=3, evict_chance=0.1, share_prefixes=True)
+    driver = StepDriver([[loaded_runner(worker_config(folder))]], seed=3, evict_chance=0.1, share_prefixes=True)
     yield driver
     driver.close()
 
@@ -64,7 +64,7 @@ def test_mixed_requests_give_the_logits_and_the_greedy_tokens_of_transformers(fo
 def test_greedy_text_is_what_transformers_generate_itself_writes(checkpoints: Checkpoints) -> None:
     folder = checkpoints("qwen3-moe")
     stream = Stream([5, 77, 140, 9, 31], 64)
-    driver = StepDriver([loaded_runner(worker_config(folder))])
+    driver = StepDriver([[loaded_runner(worker_config(folder))]])
     driver.run([[stream]])
     driver.close()
     assert stream.generated == Oracle(folder).greedy(stream.prompt, 64)
@@ -73,9 +73,9 @@ def test_greedy_text_is_what_transformers_generate_itself_writes(checkpoints: Ch
 def test_a_wrong_weight_is_noticed(checkpoints: Checkpoints) -> None:
     folder = checkpoints("qwen3-moe")
     runner: ModelRunner = loaded_runner(worker_config(folder))
-    runner.model.moe_layers[1].down[3].mul_(1.01)
+    runner.model.moe_layers[1].experts.down[3].mul_(1.01)
     stream = Stream(list(range(40)), 8)
-    driver = StepDriver([runner])
+    driver = StepDriver([[runner]])
     driver.run([[stream]])
     driver.close()
     expected = Oracle(folder).logits(stream.tokens)[len(stream.prompt) - 1 : -1]

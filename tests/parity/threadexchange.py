@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-DEADLINE_S = 20.0
-
-
-class ThreadGroup:
-    """What the members of one expert group share. :meth:`member` gives each its exchange."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._barrier = threading.Barrier(size)
-        self._posted: list[tuple[Tensor, ...]] = [()] * size
-
-    def member(self, rank: int) -> ThreadExchange:
-        return ThreadExchange(self, rank)
-
-    def swap(self, rank: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """Post ours and see everybody's, by rank."""
-        self._posted[rank] = tuple(tensor.clone() for tensor in tensors)
-        self._barrier.wait(DEADLINE_S)
-        seen = list(self._posted)
-        self._barrier.wait(DEADLINE_S)
-        return seen
+from tests.parity.threadgroup import ThreadMember
 
 
 class ThreadExchange:
-    def __init__(self, group: ThreadGroup, rank: int) -> None:
-        self._group = group
-        self._rank = rank
+    """Gathers all tokens on all ranks."""
+
+    def __init__(self, member: ThreadMember) -> None:
+        self._member = member
         self._starts: list[int] = []
         self.exchanges = 0
 
-    def dispatch(self, hidden: Tensor, topk_ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        assert len(hidden) == len(topk_ids) == counts[self._rank]
-        seen = self._group.swap(self._rank, hidden, topk_ids)
+    def dispatch(self, hidden: Tensor, slots: Tensor, owners: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        place = self._member.rank_in_group
+        assert len(hidden) == len(slots) == counts[place]
+        seen = self._member.group.swap(place, hidden, slots)
         assert [len(part[0]) for part in seen] == list(counts)
         self._starts = [sum(counts[:rank]) for rank in range(len(counts) + 1)]
         self.exchanges += 1
@@ -48,10 +29,11 @@ class ThreadExchange:
 
     def combine(self, outputs: Tensor, pair_index: Tensor, owners: Tensor) -> Tensor:
         assert (pair_index.diff() > 0).all()
-        seen = self._group.swap(self._rank, outputs, pair_index)
-        own = self._starts[self._rank + 1] - self._starts[self._rank]
+        place = self._member.rank_in_group
+        seen = self._member.group.swap(place, outputs, pair_index)
+        own = self._starts[place + 1] - self._starts[place]
         top_k = len(owners) // own if own else 0
-        first = self._starts[self._rank] * top_k
+        first = self._starts[place] * top_k
         home = torch.full((len(owners), outputs.shape[1]), float("nan"))
         for rank, (theirs, index) in enumerate(seen):
             mine = (index >= first) & (index < first + len(owners))

@@ -1,20 +1,24 @@
-"""Tokens to the ranks that hold their experts, and the outputs home: two uneven all-to-alls per layer.
+"""Tokens to the ranks that hold their experts by gathering all of them, and the outputs home: two uneven all-to-alls
+per layer.
 
-Nobody has to ask for sizes. How many tokens each replica brings stands in the step plan; how many outputs go where
+Nobody has to ask for sizes. How many tokens each rank brings follows from the step plan; how many outputs go where
 follows on both sides from the experts that the router chose, which every rank knows once the tokens have been gathered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from drumline.protocol.errors import InvalidConfig
+from drumline.workers.collectives import Group
 from drumline.workers.groups import GroupCoordinator
 
+Bounds: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 _WORD = torch.int32
 
 
@@ -35,7 +39,7 @@ class Rows:
 
 
 class GlooExchange:
-    """The exchange of the replicas of one expert group; implements ``layers.moe.ExpertExchange``.
+    """The exchange of one expert group that gathers all tokens on all ranks; implements ``layers.moe.ExpertExchange``.
 
     Hidden states and expert ids travel in one buffer of 32-bit words, as bits. Returned tensors are views of buffers
     that the next call of the same method overwrites. The buffers belong to the epoch's group: after an error of a
@@ -44,17 +48,19 @@ class GlooExchange:
 
     def __init__(self, group: GroupCoordinator) -> None:
         self._group = group
-        self._size = group.size
+        self._size = group.world_size
         self._sent = Rows(_WORD, group.device)
         self._gathered = Rows(_WORD, group.device)
         self._home = Rows(torch.float32, group.device)
-        self._pair_bounds = np.zeros(group.size + 1, dtype=np.int64)
+        self._pair_bounds = np.zeros(group.world_size + 1, dtype=np.int64)
 
-    def dispatch(self, hidden: Tensor, topk_ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Gather the tokens of all replicas; see ``ExpertExchange.dispatch``. ``hidden`` is float32, or of two bytes.
+    def dispatch(
+        self, hidden: Tensor, topk_ids: Tensor, owners: Tensor, counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Gather the tokens of all ranks; see ``ExpertExchange.dispatch``. ``hidden`` is float32, or of two bytes.
 
         Raises:
-            ProtocolError: ``counts`` does not fit the group or this replica's tokens (before any rank is waited for).
+            ProtocolError: ``counts`` does not fit the group or this rank's tokens (before any rank is waited for).
             EpochAborted, PeerLost, GroupTimeout: as every collective.
         """
         n, hidden_size = hidden.shape
@@ -79,13 +85,21 @@ class GlooExchange:
         Raises:
             EpochAborted, PeerLost, GroupTimeout: as every collective.
         """
-        sent = np.diff(np.searchsorted(pair_index.numpy(force=True), self._pair_bounds)).tolist()
-        by_owner = owners.numpy(force=True)
-        received = np.bincount(by_owner, minlength=self._size).tolist()
-        arrived = self._home.take(len(by_owner), outputs.shape[1])
-        self._group.all_to_all(arrived, outputs.contiguous(), received, sent)
-        order = torch.from_numpy(np.argsort(by_owner, kind="stable")).to(owners.device)
-        return torch.empty_like(arrived).index_copy_(0, order, arrived)
+        return bring_home(self._group, self._home, outputs, pair_index, owners, self._pair_bounds)
+
+
+def bring_home(
+    group: Group, room: Rows, outputs: Tensor, pair_index: Tensor, owners: Tensor, pair_bounds: Bounds
+) -> Tensor:
+    """One uneven all-to-all: every output to the rank that the pair's token came from, ``pair_bounds`` (ranks + 1,)
+    saying which pairs those are. Returns this rank's own pairs in order."""
+    sent = np.diff(np.searchsorted(pair_index.numpy(force=True), pair_bounds)).tolist()
+    by_owner = owners.numpy(force=True)
+    received = np.bincount(by_owner, minlength=group.world_size).tolist()
+    arrived = room.take(len(by_owner), outputs.shape[1])
+    group.all_to_all(arrived, outputs.contiguous(), received, sent)
+    order = torch.from_numpy(np.argsort(by_owner, kind="stable")).to(owners.device)
+    return torch.empty_like(arrived).index_copy_(0, order, arrived)
 
 
 def count_words(hidden_size: int, dtype: torch.dtype) -> int:

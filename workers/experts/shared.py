@@ -30,15 +30,17 @@ class SharedExchange:
         self._pair_bounds = np.zeros(group.size + 1, dtype=np.int64)
         self._over_sockets = False
 
-    def dispatch(self, hidden: Tensor, topk_ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Gather the tokens of all replicas; see ``ExpertExchange.dispatch`` and ``GlooExchange.dispatch``."""
+    def dispatch(
+        self, hidden: Tensor, topk_ids: Tensor, owners: Tensor, counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Gather the tokens of all ranks; see ``ExpertExchange.dispatch`` and ``GlooExchange.dispatch``."""
         n, hidden_size = hidden.shape
         top_k = topk_ids.shape[1]
         words = count_words(hidden_size, hidden.dtype)
         # The larger of the two exchanges: each output may have to come from one rank.
         self._over_sockets = sum(counts) * max(top_k * hidden_size, words + top_k) * 4 > HALF_BYTES
         if self._over_sockets:
-            return self._large.dispatch(hidden, topk_ids, counts)
+            return self._large.dispatch(hidden, topk_ids, owners, counts)
         self._group.check_counts(counts, n)
         np.cumsum(np.multiply(counts, top_k), out=self._pair_bounds[1:])
         boxes, width = self._boxes, words + top_k

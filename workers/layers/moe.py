@@ -1,8 +1,12 @@
 """Mixture of experts over ranks.
 
-Every layout runs the same arithmetic: the home rank routes its tokens and picks a physical slot for each (token, k)
-pair; the rank that owns the slot computes the pair's expert output; the home rank multiplies the outputs by the routing
-weights and adds them up in top-k order, in float32.
+With whole experts on each rank every layout runs the same arithmetic: the home rank of a token routes it and picks a
+physical slot for each (token, k) pair; the rank that owns the slot computes the pair; the home rank multiplies the
+outputs by the routing weights and adds them up in top-k order, in float32. The ranks of an attention replica, which
+hold the same tokens, share them out: each is home to its share.
+
+Without expert parallel each rank has some channels of every expert: it computes partial outputs of all tokens, weighs
+and adds them in top-k order, and the partial sums are added in rank order, in float32, on their way home.
 """
 
 from __future__ import annotations
@@ -14,18 +18,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from drumline.workers.layers.linear import Linear
-from drumline.workers.layers.mlp import gated_silu
+from drumline.workers.collectives import Group
+from drumline.workers.layers.experts import LocalExperts, sum_top_k
+from drumline.workers.layers.parallel import ModelGroups, ParallelMlp, gather_shares
+from drumline.workers.layers.routing import Gate
+from drumline.workers.step_tokens import StepTokens
 
 
 class ExpertExchange(Protocol):
     """How tokens reach the ranks that hold their experts, and how the outputs come home."""
 
-    def dispatch(self, hidden: Tensor, topk_ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Gather the tokens of all replicas.
+    def dispatch(self, hidden: Tensor, slots: Tensor, owners: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Bring tokens to where their experts are.
 
-        ``hidden`` (n, H), ``topk_ids`` int64 (n, K) physical slots of this replica's tokens; ``counts`` the tokens of
-        every replica. Returns the same of all N = sum(counts) tokens, in replica order: (N, H) and (N, K).
+        ``hidden`` (n, H), ``slots`` int64 (n, K) physical slots of this rank's tokens, ``owners`` int64 (n * K,) the
+        ep rank that owns each; ``counts`` the tokens of every rank. Returns the (N, H) and (N, K) of all tokens that
+        this rank may have to compute, of all ranks in rank order; slots among them that it does not own are others'.
         """
         ...
 
@@ -33,8 +41,8 @@ class ExpertExchange(Protocol):
         """Bring expert outputs home.
 
         ``outputs`` float32 (P, H): what this rank computed, for the pairs ``pair_index`` int64 (P,), ascending, each
-        token * K + k over the N tokens of the dispatch before. ``owners`` int64 (n * K,): the ep rank that computes
-        each pair of this replica's own tokens. Returns float32 (n * K, H), this replica's pairs in order.
+        token * K + k over the N tokens of the dispatch before. ``owners`` as in that dispatch. Returns float32
+        (n * K, H), this rank's pairs in order.
         """
         ...
 
@@ -42,8 +50,8 @@ class ExpertExchange(Protocol):
 class LocalExchange:
     """The exchange of a rank that holds all experts: everything is at home already."""
 
-    def dispatch(self, hidden: Tensor, topk_ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return hidden, topk_ids
+    def dispatch(self, hidden: Tensor, slots: Tensor, owners: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return hidden, slots
 
     def combine(self, outputs: Tensor, pair_index: Tensor, owners: Tensor) -> Tensor:
         return outputs
@@ -62,90 +70,101 @@ class RoutingView:
     first_slot: int
     end_slot: int
 
+    @property
+    def all_here(self) -> bool:
+        """Whether this rank owns every slot."""
+        return self.first_slot == 0 and self.end_slot == len(self.owner_of_slot)
+
 
 class MoeLayer:
-    """Router and the local experts of one layer.
+    """Gate and local experts of one layer, ``shared`` experts that compute every token, if there are any.
 
-    ``router`` is (experts, hidden), ``gate_up`` (local slots, 2 * intermediate, hidden), the gate's rows first, and
-    ``down`` (local slots, hidden, intermediate). ``load`` int64 (local slots,) counts the tokens that each slot has
-    computed.
+    ``sharded``: each rank has channels of every expert, not whole experts.
     """
 
     def __init__(
         self,
-        router: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        gate: Gate,
+        experts: LocalExperts,
         routing: RoutingView,
+        groups: ModelGroups,
+        shared: ParallelMlp | None,
         *,
-        top_k: int,
-        normalise: bool,
+        sharded: bool,
     ):
-        self.top_k = top_k
-        self.intermediate_size = down.shape[2]
+        self.gate = gate
+        self.experts = experts
         self.routing = routing
+        self.shared = shared
         self.exchange: ExpertExchange = LocalExchange()
-        self.router = Linear(router)
-        self.gate_up = gate_up
-        self.down = down
-        # The same memory, transposed for the product: experts that are moved are written in place.
-        self._gate_up_of = list(gate_up.transpose(1, 2))
-        self._down_of = list(down.transpose(1, 2))
-        self.load = torch.zeros(len(down), dtype=torch.int64, device=down.device)
-        self._normalise = normalise
+        self._groups = groups
+        self._sharded = sharded
 
-    def __call__(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """(n, hidden) to (n, hidden); ``counts``: tokens of every replica. A replica without tokens calls it too."""
-        routing, k = self.routing, self.top_k
-        weights, experts = self.route(x)
-        slots = routing.slot_of_expert[experts]
-        all_x, all_slots = self.exchange.dispatch(x, slots, counts)
-        outputs, pair_index = self._compute_local(all_x, all_slots.reshape(-1))
-        home = self.exchange.combine(outputs, pair_index, routing.owner_of_slot[slots.reshape(-1)])
-        pairs = home.view(len(x), k, x.shape[1])
-        # An explicit order: a library reduction may group the terms differently from one batch size to another.
-        total = pairs[:, 0] * weights[:, 0:1]
-        for i in range(1, k):
-            total.addcmul_(pairs[:, i], weights[:, i : i + 1])
-        return total.to(x.dtype)
+    def pack(self) -> None:
+        """See :meth:`Linear.pack`."""
+        if self.shared is not None:
+            self.shared.pack()
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Routing weights float32 (n, K), best first, and logical experts int64 (n, K)."""
-        probabilities = self.router(x).softmax(-1, dtype=torch.float32)
-        weights, experts = probabilities.topk(self.top_k, dim=-1)
-        if self._normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights, experts
+    def __call__(self, x: Tensor, tokens: StepTokens) -> Tensor:
+        """(own tokens, hidden) to the same. A replica without tokens calls it too."""
+        routed = self._sharded_experts(x, tokens) if self._sharded else self._whole_experts(x, tokens)
+        return routed if self.shared is None else routed + self.shared(x, tokens)
 
-    def _compute_local(self, all_x: Tensor, pair_slots: Tensor) -> tuple[Tensor, Tensor]:
+    def _whole_experts(self, x: Tensor, tokens: StepTokens) -> Tensor:
+        mine = x[tokens.share[0] : tokens.share[1]]
+        weights, experts = self.gate(mine)
+        slots = self.routing.slot_of_expert[experts]
+        owners = self.routing.owner_of_slot[slots.reshape(-1)]
+        all_x, all_slots = self.exchange.dispatch(mine, slots, owners, tokens.by_rank)
+        outputs, pair_index = self._compute_local(all_x, all_slots)
+        home = self.exchange.combine(outputs, pair_index, owners)
+        total = sum_top_k(home.view(*slots.shape, x.shape[1]), weights).to(x.dtype)
+        return gather_shares(total, tokens, self._groups.attn_tp)
+
+    def _compute_local(self, all_x: Tensor, all_slots: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs float32 (P, hidden) of the pairs whose slot is on this rank, and which pairs (P,), ascending."""
-        first, end = self.routing.first_slot, self.routing.end_slot
-        if first == 0 and end == len(self.routing.owner_of_slot):
+        routing, pair_slots, top_k = self.routing, all_slots.reshape(-1), all_slots.shape[1]
+        if routing.all_here:
             pair_index = torch.arange(len(pair_slots), device=pair_slots.device)
             local = pair_slots
         else:
-            pair_index = ((pair_slots >= first) & (pair_slots < end)).nonzero().view(-1)
-            local = pair_slots.index_select(0, pair_index) - first
-        # Stable: within an expert the tokens keep their order, however sorting breaks ties.
-        order = local.argsort(stable=True)
-        counts = torch.bincount(local, minlength=end - first)
-        self.load += counts
-        rows = all_x.index_select(0, pair_index.index_select(0, order) // self.top_k)
-        grouped = self._experts(rows, counts.tolist())
-        outputs = torch.empty(grouped.shape, dtype=torch.float32, device=grouped.device)
-        outputs.index_copy_(0, order, grouped.float())
-        return outputs, pair_index
+            pair_index = ((pair_slots >= routing.first_slot) & (pair_slots < routing.end_slot)).nonzero().view(-1)
+            local = pair_slots.index_select(0, pair_index) - routing.first_slot
+        return self.experts(all_x, pair_index // top_k, local), pair_index
 
-    def _experts(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Rows grouped by local slot, (P, hidden) to (P, hidden): one pair of products per expert with tokens."""
-        gate_up = rows.new_empty(len(rows), 2 * self.intermediate_size)
-        used = [slot for slot, count in enumerate(counts) if count]
-        sizes = [counts[slot] for slot in used]
-        # Views are made in bulk: one by one they would cost as much as the products of a few tokens.
-        for slot, x, out in zip(used, rows.split_with_sizes(sizes), gate_up.split_with_sizes(sizes), strict=True):
-            torch.mm(x, self._gate_up_of[slot], out=out)
-        inner = gated_silu(gate_up, self.intermediate_size)
-        total = torch.empty_like(rows)
-        for slot, x, out in zip(used, inner.split_with_sizes(sizes), total.split_with_sizes(sizes), strict=True):
-            torch.mm(x, self._down_of[slot], out=out)
-        return total
+    def _sharded_experts(self, x: Tensor, tokens: StepTokens) -> Tensor:
+        group = self._groups.experts
+        if len(tokens.counts) == 1:
+            # All ranks hold all tokens already, and route them alike.
+            if not len(x):
+                return x
+            return group.all_reduce(self._partial(x, *self.gate(x))).to(x.dtype)
+        mine = x[tokens.share[0] : tokens.share[1]]
+        weights, experts = self.gate(mine)
+        all_x, all_weights, all_experts = gather_routed(group, mine, weights, experts, tokens.by_rank)
+        own = group.reduce_scatter_rows(self._partial(all_x, all_weights, all_experts), tokens.by_rank)
+        return gather_shares(own.to(x.dtype), tokens, self._groups.attn_tp)
+
+    def _partial(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """What this rank's channels add to the outputs of ``x``: float32 (n, hidden)."""
+        slots = self.routing.slot_of_expert[experts].reshape(-1)
+        pairs = torch.arange(len(slots), device=slots.device)
+        outputs = self.experts(x, pairs // weights.shape[1], slots)
+        return sum_top_k(outputs.view(*weights.shape, x.shape[1]), weights)
+
+
+def gather_routed(
+    group: Group, x: Tensor, weights: Tensor, experts: Tensor, counts: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All ranks' tokens with their routing, in one collective: hidden states, weights and ids travel as bytes."""
+    parts = [x.contiguous(), weights.contiguous(), experts.to(torch.int32)]
+    packed = torch.cat([part.view(torch.uint8) for part in parts], dim=1)
+    gathered = group.all_gather_rows(packed, counts)
+    width, ids = x.shape[1] * x.itemsize, weights.shape[1] * weights.itemsize
+    hidden = gathered[:, :width].contiguous().view(x.dtype)
+    routed = gathered[:, width:].contiguous()
+    return (
+        hidden,
+        routed[:, :ids].contiguous().view(weights.dtype),
+        routed[:, ids:].contiguous().view(torch.int32).long(),
+    )

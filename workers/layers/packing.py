@@ -16,13 +16,14 @@ from torch.nn import functional as F
 _MIN_ELEMENTS = 1 << 18
 # The layout is chosen for this batch and serves all.
 _BATCH_HINT = 8
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def pack_weight(weight: Tensor) -> Tensor | None:
     """``weight`` (out, in) in oneDNN's own layout, for :func:`packed_linear` only; None where packing does not pay."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < _MIN_ELEMENTS:
+    if weight.device.type != "cpu" or weight.dtype not in _TOLERANCE or weight.numel() < _MIN_ELEMENTS:
         return None
-    return _reorder(weight) if _packing_works() else None
+    return _reorder(weight) if _packing_works(weight.dtype) else None
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,13 +38,14 @@ def _reorder(weight: Tensor) -> Tensor:
 
 
 @cache
-def _packing_works() -> bool:
+def _packing_works(dtype: torch.dtype) -> bool:
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
-    weight = torch.linspace(-1.0, 1.0, 48 * 32).view(48, 32)
-    x = torch.linspace(-1.0, 1.0, 3 * 32).view(3, 32)
+    weight = torch.linspace(-1.0, 1.0, 48 * 32).view(48, 32).to(dtype)
+    x = torch.linspace(-1.0, 1.0, 3 * 32).view(3, 32).to(dtype)
     try:
         found = packed_linear(x, _reorder(weight), None)
     except (AttributeError, RuntimeError):
         return False
-    return torch.allclose(found, F.linear(x, weight), rtol=1e-5, atol=1e-5)
+    tolerance = _TOLERANCE[dtype]
+    return found.dtype == dtype and torch.allclose(found, F.linear(x, weight), rtol=tolerance, atol=tolerance)

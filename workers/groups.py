@@ -1,229 +1,264 @@
 """The tensor groups of an epoch.
 
-Each group is a process group of its own on the epoch's store; torch's global default group is never made. A wait for a
-collective is cut into slices, because a blocked one cannot be interrupted: between two slices the main thread looks at
-the abort flag and may walk away. What it leaves behind, group and buffers, belongs to the epoch and is dropped on
-another thread, since the last reference to a group with a pending operation blocks until the peer is gone.
+Each group is a process group of its own on the epoch's store; torch's global default group is never made. CPU tensors
+go through memory that the ranks share (:mod:`drumline.workers.shared_ops`) or, where they cannot, over gloo; tensors on
+a GPU go over NCCL. What a group leaves behind belongs to the epoch: buffers given to a collective that was aborted are
+never used again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, distributed
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # exported, but not in __all__
+from torch import Tensor
 
-from drumline.protocol.errors import DrumlineError, ErrorInfo, ProtocolError
-from drumline.protocol.stateless import StatelessGroup, connect_store, group_prefix
-from drumline.workers.abort import AbortFlag, EpochAborted
-from drumline.workers.mailboxes import Mailboxes, open_mailboxes
+from drumline.protocol.errors import ProtocolError
+from drumline.workers import group_arguments as arguments
+from drumline.workers import packed
+from drumline.workers.abort import AbortFlag
+from drumline.workers.forming import meet
+from drumline.workers.group_member import GroupMember
+from drumline.workers.place import GroupPlace
+from drumline.workers.point_to_point import PendingRecv, PendingSend
 from drumline.workers.progress import Progress
+from drumline.workers.sockets import run_aside
+from drumline.workers.watch import (
+    COLLECTIVE_DEADLINE_S,
+    FORM_DEADLINE_S,
+    SLICE_S,
+    GroupTimeout,
+    PeerLost,
+    Watch,
+)
 
-T = TypeVar("T")
-
-SLICE_S = 0.05
-COLLECTIVE_DEADLINE_S = 120.0
-FORM_DEADLINE_S = 60.0
-_SLICE = timedelta(seconds=SLICE_S)
-_NCCL_POLL_S = 20e-6
-_GRACE_S = 2.0
-
-
-class PeerLost(DrumlineError):
-    """A collective failed: the connection to another rank broke. The coordinator knows which process is to blame."""
-
-    kind = "peer_lost"
-    retryable = True
+__all__ = [
+    "COLLECTIVE_DEADLINE_S",
+    "FORM_DEADLINE_S",
+    "SLICE_S",
+    "GroupCoordinator",
+    "GroupPlace",
+    "GroupTimeout",
+    "PeerLost",
+    "PendingRecv",
+    "PendingSend",
+    "form_group",
+]
 
 
-class GroupTimeout(DrumlineError):
-    """A collective, or the forming of a group, did not end within its deadline."""
+class GroupCoordinator(GroupMember):
+    """One group of ranks: its collectives, its messages between two ranks, their deadlines.
 
-    kind = "group_timeout"
-    retryable = True
+    Used by the main thread alone. Every member calls the same collectives in the same order with the same shapes, or
+    with the counts that belong to them; ``src`` and ``dst`` are global ranks. Tensors may be strided; results are new
+    and contiguous. Messages between two ranks go over sockets and may be mixed with collectives in any order.
 
+    Errors of every operation: EpochAborted, PeerLost, GroupTimeout. After any of them the group is of no use and
+    :meth:`close` must be called. ProtocolError for arguments that do not fit the group, before anything is sent.
 
-@dataclass(frozen=True, slots=True)
-class GroupPlace:
-    """Where this rank stands in an epoch's group, and how the group meets.
-
-    ``members``: the global ranks of the group in order, ``rank`` one of them. ``store_host`` and ``store_port`` lead to
-    the epoch's TCPStore.
+    Attributes:
+        name: what the group is called in errors and on the store.
+        ranks: the global ranks in group order; ``rank`` this one, ``rank_in_group`` its position (``position`` too).
+        world_size: how many there are (``size`` too).
+        first_rank, last_rank, next_rank, prev_rank: global ranks; the last one's next is the first.
+        device: where tensors lie by default.
+        mailboxes: the memory that the ranks share, for exchanges of their own; None on CUDA or where they share none.
+        node_count: on how many hosts the ranks are, as far as shared memory tells.
     """
 
-    term: int
-    epoch: int
-    rank: int
-    members: tuple[int, ...]
-    store_host: str
-    store_port: int
-    device: torch.device
+    # --------------------------------------------------------------------------------------------------- collectives
 
-    @property
-    def position(self) -> int:
-        """The index of this rank among the members: its rank within the group."""
-        return self.members.index(self.rank)
+    def all_reduce(self, t: Tensor) -> Tensor:
+        """The sum over all ranks; the same bits on every rank. On the CPU it is added in rank order.
 
-    @property
-    def size(self) -> int:
-        """How many ranks the group has."""
-        return len(self.members)
-
-
-@dataclass(frozen=True, slots=True)
-class Formed:
-    """The memory that the ranks share where they can, and the process group of torch: ``group`` or, while it has not
-    been needed, None; ``connect`` makes it, on all ranks at once."""
-
-    group: Any
-    mailboxes: Mailboxes | None
-    connect: Callable[[], Any]
-
-
-class GroupCoordinator:
-    """One process group, its collectives, their deadlines. Used by the main thread alone.
-
-    Where ranks share memory, sockets are connected at the first collective that goes over them: gloo's thread wakes a
-    hundred times a second from then on, in an idle engine too.
-
-    Errors of every collective: EpochAborted, PeerLost, GroupTimeout. After any of them the group is of no use and
-    :meth:`close` must be called.
-    """
-
-    def __init__(self, name: str, formed: Formed, place: GroupPlace, abort: AbortFlag, progress: Progress) -> None:
-        self.name = name
-        self.mailboxes = formed.mailboxes
-        self.position = place.position
-        self.size = place.size
-        self.device = place.device
-        self._group = formed.group
-        self._connect = formed.connect
-        self._closed = False
-        self._place = place
-        self._abort = abort
-        self._progress = progress
-        self._pending: Any = None
-
-    def all_to_all(self, output: Tensor, source: Tensor, output_splits: list[int], source_splits: list[int]) -> None:
-        """Send ``source_splits[r]`` rows of ``source`` to each rank r, receive ``output_splits[r]`` rows from it.
-
-        Both tensors are contiguous, of one dtype and row width; splits may be 0. Blocks until the rows are there.
+        16-bit floats are added in float32 there and rounded once.
         """
-        with self.collective():
-            if self._group is None:
-                self._group = _aside(self._connect, self.name, self._place, self._abort, FORM_DEADLINE_S)
-            self._pending = self._group.alltoall_base(output, source, output_splits, source_splits)
-            self._wait()
+        flat = arguments.summable(t).contiguous().view(-1)
+        out = torch.empty_like(flat)
+        with self._watch:
+            if len(flat):
+                self._ops(t).all_reduce(out, flat)
+        return out.view(t.shape)
 
-    @contextlib.contextmanager
-    def collective(self) -> Iterator[None]:
-        """Around anything that waits for other ranks: keeps the progress record, refuses an epoch that is over."""
-        self.check_epoch()
-        self._progress.enter_collective()
-        try:
-            yield
-        finally:
-            self._progress.leave_collective()
+    def all_gather(self, t: Tensor, dim: int = 0) -> Tensor:
+        """The tensors of all ranks, of one shape, concatenated along ``dim`` in rank order."""
+        dim = arguments.check_dim(t, dim)
+        gathered = self._gather_flat(t, [t.numel()] * self.size, None)
+        return arguments.concatenate(gathered, t, dim, self.size)
 
-    def check_epoch(self) -> None:
-        """Raises EpochAborted when the epoch is over or the group is closed."""
-        self._abort.check(self._place.term, self._place.epoch)
-        if self._closed:
-            raise EpochAborted(f"group {self.name} of epoch {self._place.epoch} is closed")
+    def all_gather_rows(self, t: Tensor, counts: Sequence[int]) -> Tensor:
+        """(sum(counts), ...): ``counts[r]`` rows from position r, where it may be 0, in rank order."""
+        self.check_counts(counts, arguments.count_rows(t))
+        width = t.shape[1:].numel()
+        gathered = self._gather_flat(t, [count * width for count in counts], None)
+        return gathered.view(sum(counts), *t.shape[1:])
 
-    def check_counts(self, counts: Sequence[int], own: int) -> None:
-        """Raises ProtocolError when a step's token counts do not fit the group, of which this rank has ``own``."""
-        if len(counts) != self.size or counts[self.position] != own:
-            raise ProtocolError(
-                f"rank {self.position} of {self.size} brings {own} tokens; the step's counts are {list(counts)}"
-            )
+    def gather(self, t: Tensor, dst: int, dim: int = 0) -> Tensor | None:
+        """As :meth:`all_gather`, on rank ``dst``; None on the others."""
+        dim, position = arguments.check_dim(t, dim), self._position_of("dst", dst)
+        gathered = self._gather_flat(t, [t.numel()] * self.size, position)
+        return arguments.concatenate(gathered, t, dim, self.size) if dst == self.rank else None
 
-    def error(self, kind: type[DrumlineError], text: str) -> DrumlineError:
-        """An error of the collective that this rank is in."""
-        step, collective = self._progress.position[2:4]
-        text = f"group {self.name}, rank {self.position} of {self.size}, collective {collective} of step {step}: {text}"
-        info = ErrorInfo(kind=kind.kind, text=text, retryable=True, epoch=self._place.epoch, step=step)
-        return kind(text, info)
-
-    def close(self) -> None:
-        """Give the group up. Never blocks, whatever is pending."""
-        if self._closed:
-            return
-        self._closed = True
-        remains = [self._pending, self._group]
-        self._pending = self._group = None
-        if self.mailboxes is not None:
-            self.mailboxes.leave()
-        if remains[1] is None:
-            return
-        if self.device.type == "cuda":
-            remains.insert(0, remains[1].abort)
-        threading.Thread(target=_bury, args=(remains,), name=f"drop-{self.name}", daemon=True).start()
-
-    def _wait(self) -> None:
-        # Slices are counted, not clocked: time in which this process was itself stopped must not count against a peer.
-        waited = 0.0
-        while (failure := self._wait_slice()) is not None:
-            if failure:
-                raise self.error(PeerLost, failure)
-            self._abort.check(self._place.term, self._place.epoch)
-            waited += SLICE_S
-            if waited >= COLLECTIVE_DEADLINE_S:
-                raise self.error(GroupTimeout, f"did not end within {COLLECTIVE_DEADLINE_S:.0f} s")
-        self._pending = None
-
-    def _wait_slice(self) -> str | None:
-        """None when the pending operation is done, "" when it is still pending, else why it failed.
-
-        No frame of an exception may hold on to the operation: the last reference to it must be the burying thread's.
-        """
-        work = self._pending
-        if self.device.type == "cuda":
-            return self._poll_slice(work)
-        try:
-            work.wait(_SLICE)
-        except RuntimeError as error:
-            if not work.is_completed():
-                return ""
-            text = str(error)
-        else:
+    def gather_columns(self, t: Tensor, widths: Sequence[int], dst: int) -> Tensor | None:
+        """(n, sum(widths)) on rank ``dst``, where position r brings (n, widths[r]); None on the others."""
+        position = self._position_of("dst", dst)
+        if t.dim() != 2 or len(widths) != self.size or widths[self.position] != t.shape[1]:
+            raise ProtocolError(f"t: found shape {list(t.shape)}; valid: 2 dimensions, widths {list(widths)}")
+        n = t.shape[0]
+        counts = [n * width for width in widths]
+        gathered = self._gather_flat(t, counts, position)
+        if dst != self.rank:
             return None
-        # It ended between the two lines above, well or badly; the wait no longer blocks and says which.
-        try:
-            work.wait()
-        except RuntimeError as error:
-            text = str(error) or text
-            return text.partition(". This is typically caused")[0]
-        return None
+        parts = gathered.split(counts)
+        return torch.cat([part.view(n, width) for part, width in zip(parts, widths, strict=True)], 1)
 
-    def _poll_slice(self, work: Any) -> str | None:
-        # NCCL's own wait only orders streams, and a host that blocks on the stream cannot look at the abort flag.
-        end = time.monotonic() + SLICE_S
-        while time.monotonic() < end:
-            if work.is_completed():
-                try:
-                    work.wait()
-                except RuntimeError as error:
-                    return str(error)
-                return None
-            time.sleep(_NCCL_POLL_S)
-        return ""
+    def reduce_scatter(self, t: Tensor, dim: int = 0) -> Tensor:
+        """This rank's of as many equal parts along ``dim`` as there are ranks, summed as by :meth:`all_reduce`."""
+        dim = arguments.check_dim(t, dim)
+        share, more = divmod(t.shape[dim], self.size)
+        if more:
+            raise ProtocolError(f"dim {dim}: found length {t.shape[dim]}; valid: a multiple of {self.size}")
+        rows = self.reduce_scatter_rows(t.movedim(dim, 0), [share] * self.size)
+        return rows.movedim(0, dim).contiguous()
+
+    def reduce_scatter_rows(self, t: Tensor, counts: Sequence[int]) -> Tensor:
+        """(counts[r], ...) at position r: its rows of ``t`` (sum(counts), ...), summed as by :meth:`all_reduce`."""
+        if len(counts) != self.size or sum(counts) != arguments.count_rows(arguments.summable(t)):
+            raise ProtocolError(
+                f"counts: found {list(counts)}; valid: {self.size} that add up to {arguments.count_rows(t)} rows"
+            )
+        width = t.shape[1:].numel()
+        out = t.new_empty(counts[self.position] * width)
+        with self._watch:
+            if t.numel():
+                flat = t.contiguous().view(-1)
+                self._ops(t).reduce_scatter(out, flat, [count * width for count in counts])
+        return out.view(counts[self.position], *t.shape[1:])
+
+    def all_to_all(
+        self, output: Tensor, source: Tensor, output_splits: Sequence[int], source_splits: Sequence[int]
+    ) -> None:
+        """Send ``source_splits[r]`` rows of ``source`` to each position r, receive ``output_splits[r]`` rows from it.
+
+        Both tensors are contiguous, of one dtype and row width; splits may be 0. Returns when the rows are there.
+        """
+        width = source.shape[1:].numel() * source.element_size()
+        for name, tensor, splits in (("output", output, output_splits), ("source", source, source_splits)):
+            if len(splits) != self.size or sum(splits) != arguments.count_rows(tensor) or not tensor.is_contiguous():
+                valid = f"contiguous rows, {self.size} splits that add up to them"
+                raise ProtocolError(f"{name}: found shape {list(tensor.shape)}, splits {list(splits)}; valid: {valid}")
+        with self._watch:
+            if width:
+                self._ops(source).all_to_all(
+                    arguments.as_bytes(output),
+                    arguments.as_bytes(source),
+                    [count * width for count in output_splits],
+                    [count * width for count in source_splits],
+                )
+
+    def broadcast(self, t: Tensor, src: int) -> Tensor:
+        """``t`` itself, which holds what it holds on rank ``src``."""
+        position = self._position_of("src", src)
+        flat = t.contiguous()
+        with self._watch:
+            if t.numel():
+                self._ops(t).broadcast(arguments.as_bytes(flat), position)
+        return t if flat is t or position == self.position else t.copy_(flat)
+
+    def broadcast_object(self, obj: Any, src: int, as_type: Any = Any) -> Any:
+        """``src``'s object decoded as ``as_type``; on ``src`` itself ``obj`` as it is.
+
+        Objects are what msgspec's msgpack carries, at most 8 MiB. Raises ProtocolError for others.
+        """
+        position = self._position_of("src", src)
+        if position == self.position:
+            parts = packed.cut(packed.encode(obj))
+            with self._watch:
+                for part in parts:
+                    self._cpu_ops.broadcast(part, position)
+            return obj
+        with self._watch:
+            head = torch.empty(packed.HEAD_BYTES, dtype=torch.uint8)
+            self._cpu_ops.broadcast(head, position)
+            rest = torch.empty(packed.rest_of(head), dtype=torch.uint8)
+            if len(rest):
+                self._cpu_ops.broadcast(rest, position)
+        return packed.decode(packed.join(head, rest), as_type)
+
+    def barrier(self, timeout_s: float) -> None:
+        """Return when all ranks have called this. The GroupTimeout after ``timeout_s`` names those that have not."""
+        with self._watch:
+            self._cpu_ops.barrier(timeout_s)
+
+    def _gather_flat(self, t: Tensor, counts: Sequence[int], dst: int | None) -> Tensor:
+        """(sum(counts),): what every position brings, at position ``dst`` alone unless it is None."""
+        here = dst is None or dst == self.position
+        out = t.new_empty(sum(counts) if here else 0)
+        with self._watch:
+            if not any(counts):
+                return out
+            own, to_bytes = arguments.as_bytes(t.contiguous()), t.element_size()
+            lengths = [count * to_bytes for count in counts]
+            if dst is None:
+                self._ops(t).all_gather(arguments.as_bytes(out), own, lengths)
+            else:
+                self._ops(t).gather(arguments.as_bytes(out) if here else None, own, lengths, dst)
+        return out
+
+    # ------------------------------------------------------------------------------------------ messages of two ranks
+
+    def isend(self, t: Tensor, dst: int) -> PendingSend:
+        """Start to send ``t``, which must not be written to before ``wait()`` of the result has returned.
+
+        At most 64 sends of a group are unfinished; one more waits for the oldest.
+        """
+        return self._transfer("dst", dst).isend(t, self.ranks.index(dst))
+
+    def irecv(self, shape: Sequence[int], dtype: torch.dtype, src: int) -> PendingRecv:
+        """Post the receive of what ``src`` sends next; ``wait()`` of the result returns it, on the group's device."""
+        return self._transfer("src", src).irecv(shape, dtype, self.ranks.index(src), self.device)
+
+    def send(self, t: Tensor, dst: int) -> None:
+        """Send ``t``; returns when it may be written to again."""
+        self.isend(t, dst).wait()
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype, src: int) -> Tensor:
+        """What ``src`` sends next, on the group's device."""
+        return self.irecv(shape, dtype, src).wait()
+
+    def send_tensor_dict(self, tensors: Mapping[str, Any], dst: int) -> None:
+        """Send tensors, and what msgspec's msgpack carries, by name. Returns when all of it may be changed again."""
+        self._transfer("dst", dst).send_tensor_dict(tensors, self.ranks.index(dst))
+
+    def recv_tensor_dict(self, src: int) -> dict[str, Any]:
+        """What ``src`` sends next by :meth:`send_tensor_dict`, in the same order."""
+        return self._transfer("src", src).recv_tensor_dict(self.ranks.index(src), self.device)
 
 
 def form_group(
-    name: str, place: GroupPlace, abort: AbortFlag, progress: Progress, deadline_s: float = FORM_DEADLINE_S
+    name: str,
+    place: GroupPlace,
+    abort: AbortFlag,
+    progress: Progress,
+    deadline_s: float = FORM_DEADLINE_S,
+    *,
+    connect: bool = False,
+    collective_deadline_s: float = COLLECTIVE_DEADLINE_S,
+    share: bool = True,
 ) -> GroupCoordinator:
-    """Meet the other ranks on the epoch's store and connect to all of them.
+    """Meet the other ranks on the epoch's store and share memory with them or, where that cannot be, connect to all.
 
-    It runs on a side thread, so that a newer epoch, or the end of the process, can abandon it.
+    It runs on a side thread, so that a newer epoch, or the end of the process, can abandon it. A group of one rank
+    meets nobody and opens nothing.
+
+    Args:
+        connect: make sockets in any case, for messages between two ranks. Otherwise ranks that share memory connect
+            when they first need to, all of them at once; gloo's thread wakes a hundred times a second from then on, in
+            an idle engine too.
+        collective_deadline_s: how long an operation may wait for other ranks.
+        share: whether memory may be shared; where one rank says no, none does.
 
     Raises:
         EpochAborted: the epoch ended meanwhile.
@@ -231,86 +266,13 @@ def form_group(
         GroupTimeout: all came, and the connections were not made in time.
         PeerLost: a rank went away while the connections were made.
     """
+    watch = Watch(name, place, abort, progress, collective_deadline_s)
+    watch.check()
+    if place.size == 1:
+        return GroupCoordinator(None, watch, connect=connect)
     abandoned = threading.Event()
     try:
-        formed = _aside(lambda: _meet(name, place, deadline_s, abandoned), name, place, abort, deadline_s)
+        formed = run_aside(lambda: meet(watch, deadline_s, abandoned, connect=connect, share=share), watch, deadline_s)
     finally:
         abandoned.set()
-    return GroupCoordinator(name, formed, place, abort, progress)
-
-
-def _aside(work: Callable[[], T], name: str, place: GroupPlace, abort: AbortFlag, deadline_s: float) -> T:
-    """What ``work`` returns, run on a thread that is left behind when the epoch ends or the deadline passes."""
-    results: list[T] = []
-    errors: list[Exception] = []
-    done = threading.Event()
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except Exception as error:  # carried to the main thread, which raises it
-            errors.append(error)
-        done.set()
-
-    threading.Thread(target=run, name=f"form-{name}", daemon=True).start()
-    deadline = time.monotonic() + deadline_s + _GRACE_S
-    while not done.wait(SLICE_S):
-        abort.check(place.term, place.epoch)
-        if time.monotonic() > deadline:
-            raise GroupTimeout(f"group {name} of epoch {place.epoch} was not formed within {deadline_s:g} s")
-    if results:
-        return results[0]
-    if isinstance(errors[0], DrumlineError):
-        raise errors[0]
-    raise PeerLost(f"group {name} of epoch {place.epoch} could not be formed: {errors[0]}") from errors[0]
-
-
-def _meet(name: str, place: GroupPlace, deadline_s: float, abandoned: threading.Event) -> Formed:
-    end = time.monotonic() + deadline_s
-    store = connect_store(place.store_host, place.store_port, deadline_s, abandoned)
-    # Connecting tells nobody who is missing; a barrier before it does.
-    meeting = StatelessGroup(store, place.term, place.epoch, name, place.rank, place.members, abandoned)
-    meeting.barrier(max(0.0, end - time.monotonic()))
-    prefixed = PrefixStore(group_prefix(place.term, place.epoch, name), store)
-    if place.device.type == "cuda":
-        return Formed(_connect_nccl(prefixed, place), None, lambda: _connect_nccl(prefixed, place))
-    mailboxes = open_mailboxes(meeting, max(0.0, end - time.monotonic()), SLICE_S)
-    group = _connect_gloo(prefixed, place) if mailboxes is None else None
-    return Formed(group, mailboxes, lambda: _connect_gloo(prefixed, place))
-
-
-def _connect_gloo(store: PrefixStore, place: GroupPlace) -> Any:
-    gloo: Any = distributed.ProcessGroupGloo
-    options = gloo._Options()
-    # Left to itself gloo listens on whatever the host's name resolves to.
-    address = own_address(place.store_host, place.store_port)
-    options._devices = [gloo.create_device(hostname=address, lazy_init=False)]
-    options._timeout = timedelta(seconds=COLLECTIVE_DEADLINE_S + 30)
-    options._threads = 2
-    return gloo(store, place.position, place.size, options)
-
-
-def _connect_nccl(store: PrefixStore, place: GroupPlace) -> Any:
-    nccl: Any = distributed.ProcessGroupNCCL
-    torch.cuda.set_device(place.device)
-    options = nccl.Options()
-    options._timeout = timedelta(seconds=COLLECTIVE_DEADLINE_S + 30)
-    group = nccl(store, place.position, place.size, options)
-    group.eager_connect_single_device(place.device)
-    return group
-
-
-def own_address(host: str, port: int) -> str:
-    """The address of this host on its way to ``host``: what peers there can reach. Sends nothing."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)
-        return str(probe.getsockname()[0])
-
-
-def _bury(remains: list[Any]) -> None:
-    first = remains[0]
-    if callable(first):
-        first()
-    del first
-    remains.clear()
+    return GroupCoordinator(formed, watch, connect=connect)

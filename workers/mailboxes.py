@@ -2,11 +2,12 @@
 
 A collective over it costs microseconds where sockets cost hundreds: nothing is copied through the kernel and, while the
 ranks keep step, nobody sleeps. The memory is anonymous (memfd), so it leaves no file behind and ends with the last
-process that maps it. A rank reaches another's through /proc, which the kernel grants to processes of one user.
+process that maps it; a page of it is there only once it has been written.
 
 Every operation has a number, the same on all ranks. A rank fills the half of its mailbox that belongs to the number's
-parity and then raises its counter; readers wait for the counter. Two halves are enough: a rank begins operation k + 2
-only after all others have raised their counters to k + 1, and they do that only when they have read everything of k.
+parity and then raises its counter; readers wait for the counter. A counter at k says, too, that its rank has read all
+it wanted of the operations before k. So two halves are enough: a half is written for operation k only when all counters
+have reached k - 1, which means that nobody reads what it held for k - 2.
 
 Counter and content need no fence on x86-64, where stores become visible in order; elsewhere the sockets do.
 """
@@ -16,20 +17,17 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import platform
 import select
 from collections.abc import Sequence
-from pathlib import Path
 
-import msgspec
 import torch
 from torch import Tensor
 
-from drumline.protocol.errors import ProtocolError
-from drumline.protocol.stateless import StatelessGroup
+from drumline.workers.watch import SLICE_S, GroupTimeout, PeerLost, Watch
 
 HALF_BYTES = 4 << 20
 SPINS = 200
+NONCE_AT, NONCE_BYTES = 16, 16
 _COUNTER, _LEFT, _HEADER = 0, 8, 64
 _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
 _ALL_WAITERS = 0x7FFFFFFF
@@ -40,19 +38,11 @@ class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
-class _Offer(msgspec.Struct, array_like=True, frozen=True):
-    """How a rank's mailbox is found. ``host`` is empty where there is none."""
-
-    host: str
-    pid: int
-    fd: int
-
-
-class _Mailbox:
-    """One rank's mapped memory: counter, a flag for having left, and per half the bounds and the content."""
+class Mailbox:
+    """One rank's mapped memory: counter, a flag for having left, a nonce, and per half the bounds and the content."""
 
     def __init__(self, fd: int, size: int, pid: int) -> None:
-        self._memory = mmap.mmap(fd, _total_bytes(size))
+        self._memory = mmap.mmap(fd, mailbox_bytes(size))
         self.words = memoryview(self._memory)[:_HEADER].cast("q")
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self.pidfd = os.pidfd_open(pid)
@@ -64,6 +54,14 @@ class _Mailbox:
             self.bounds.append(torch.frombuffer(self._memory, dtype=torch.int32, count=size + 1, offset=at))
             at = _HEADER + 2 * bounds_bytes + half * HALF_BYTES
             self.halves.append(torch.frombuffer(self._memory, dtype=torch.int32, count=HALF_BYTES // 4, offset=at))
+        self._views: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def view(self, half: int, dtype: torch.dtype) -> Tensor:
+        """One half as a flat tensor of ``dtype``."""
+        views = self._views.get(dtype)
+        if views is None:
+            views = self._views[dtype] = (self.halves[0].view(dtype), self.halves[1].view(dtype))
+        return views[half]
 
     def __del__(self) -> None:
         if hasattr(self, "pidfd"):
@@ -71,23 +69,44 @@ class _Mailbox:
 
 
 class Mailboxes:
-    """The mailboxes of one epoch's group, by position. Used by the main thread alone."""
+    """The mailboxes of one epoch's group, by position. Used by the main thread alone.
 
-    def __init__(self, position: int, boxes: Sequence[_Mailbox], slice_s: float) -> None:
+    Errors of every wait: EpochAborted, PeerLost, GroupTimeout.
+    """
+
+    def __init__(self, position: int, boxes: Sequence[Mailbox], watch: Watch) -> None:
         self.position = position
         self._boxes = boxes
         self._own = boxes[position]
+        self._counters = [box.words for box in boxes]
         self._operation = 0
-        self._slice = _Timespec(0, int(slice_s * 1e9))
+        self._slice = _Timespec(0, int(SLICE_S * 1e9))
+        self._watch = watch
 
     def begin(self) -> int:
-        """The number of the next operation; its half of the own mailbox may be written now."""
+        """The number of the next operation; its half of the own mailbox may be written now.
+
+        Waits for ranks that have not begun the operation before, and may still read the one before that.
+        """
+        operation = self._operation = self._operation + 1
+        for position, counter in enumerate(self._counters):
+            if counter[0] < operation - 1:
+                self.wait_for(position, operation - 1)
+        return operation
+
+    def join(self) -> int:
+        """The number of the next operation, in which this rank writes nothing. Waits for nobody."""
         self._operation += 1
+        self.publish(self._operation)
         return self._operation
 
     def content(self, position: int, operation: int) -> Tensor:
         """int32 (HALF_BYTES / 4,): the words of a mailbox that belong to an operation."""
         return self._boxes[position].halves[operation & 1]
+
+    def half(self, position: int, operation: int, dtype: torch.dtype) -> Tensor:
+        """(HALF_BYTES / element size,): the same memory as elements of ``dtype``."""
+        return self._boxes[position].view(operation & 1, dtype)
 
     def bounds(self, position: int, operation: int) -> Tensor:
         """int32 (size + 1,): a few numbers beside the content."""
@@ -98,8 +117,41 @@ class Mailboxes:
         self._own.words[_COUNTER // 8] = operation
         _futex(self._own.address, _FUTEX_WAKE, _ALL_WAITERS, None)
 
-    def wait(self, position: int, operation: int) -> bool:
-        """Whether a rank has published ``operation``; waits one slice of time at most."""
+    def wait_for(self, position: int, operation: int) -> None:
+        """Return when a rank has published ``operation``."""
+        if self._counters[position][0] >= operation:
+            return
+        waited = 0.0
+        while not self.wait(position, operation):
+            self._look(position, operation)
+            waited += SLICE_S
+            if waited >= self._watch.deadline_s:
+                self._watch.check_deadline(waited, self.missing(operation))
+
+    def wait_for_all(self, operation: int, timeout_s: float) -> None:
+        """Return when all have published ``operation``; the GroupTimeout after ``timeout_s`` names who has not."""
+        left = timeout_s
+        while missing := self.missing(operation):
+            if left <= 0:
+                raise self._watch.error(GroupTimeout, f"nothing within {timeout_s:g} s", missing)
+            slice_s = min(left, SLICE_S)
+            if not self.wait(missing[0], operation, _Timespec(0, int(slice_s * 1e9))):
+                self._look(missing[0], operation)
+                left -= slice_s
+
+    def missing(self, operation: int) -> list[int]:
+        """The positions of the ranks that have not published ``operation``."""
+        return [position for position, counter in enumerate(self._counters) if counter[0] < operation]
+
+    def _look(self, position: int, operation: int) -> None:
+        self._watch.check()
+        gone = self.gone(position)
+        # What it published before it went still counts.
+        if gone and self._counters[position][0] < operation:
+            raise self._watch.error(PeerLost, gone, [position])
+
+    def wait(self, position: int, operation: int, limit: _Timespec | None = None) -> bool:
+        """Whether a rank has published ``operation``; waits one slice of time, or ``limit``, at most."""
         box = self._boxes[position]
         words = box.words
         for _ in range(SPINS):
@@ -108,7 +160,7 @@ class Mailboxes:
             os.sched_yield()
         seen = words[0]
         if seen < operation and not self.gone(position):
-            _futex(box.address, _FUTEX_WAIT, seen & 0xFFFFFFFF, self._slice)
+            _futex(box.address, _FUTEX_WAIT, seen & 0xFFFFFFFF, limit or self._slice)
         return bool(words[0] >= operation)
 
     def gone(self, position: int) -> str:
@@ -126,62 +178,11 @@ class Mailboxes:
         _futex(self._own.address, _FUTEX_WAKE, _ALL_WAITERS, None)
 
 
-def open_mailboxes(meeting: StatelessGroup, timeout_s: float, slice_s: float) -> Mailboxes | None:
-    """Share memory among all ranks of ``meeting``; None, on every rank alike, where they cannot.
-
-    Raises:
-        StoreError: a rank did not answer within ``timeout_s``.
-        ProtocolError: a rank answered something else.
-    """
-    size = len(meeting.members)
-    fd = os.memfd_create("drumline-mailbox", os.MFD_CLOEXEC)
-    boxes: list[_Mailbox] = []
-    try:
-        os.ftruncate(fd, _total_bytes(size))
-        offers = meeting.all_gather_obj(_Offer(_host(), os.getpid(), fd), timeout_s, _Offer)
-        if offers[0].host and all(offer.host == offers[0].host for offer in offers):
-            boxes = _attach(offers, size)
-        # One rank without access is enough: all must take the same way.
-        agreed = meeting.all_gather_obj(len(boxes) == size, timeout_s, bool)
-    finally:
-        os.close(fd)
-    if not all(agreed):
-        return None
-    return Mailboxes(meeting.members.index(meeting.rank), boxes, slice_s)
-
-
-def _attach(offers: Sequence[_Offer], size: int) -> list[_Mailbox]:
-    boxes = []
-    for offer in offers:
-        try:
-            fd = os.open(f"/proc/{offer.pid}/fd/{offer.fd}", os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            return []
-        try:
-            if os.fstat(fd).st_size != _total_bytes(size):
-                raise ProtocolError(f"the mailbox of process {offer.pid} has {os.fstat(fd).st_size} bytes")
-            boxes.append(_Mailbox(fd, size, offer.pid))
-        finally:
-            os.close(fd)
-    return boxes
-
-
-def _host() -> str:
-    """Equal on two ranks when they can see each other's /proc entries and their stores arrive in order."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return ""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()} {os.geteuid()}"
-    except OSError:
-        return ""
-
-
 def _bounds_bytes(size: int) -> int:
     return -(-4 * (size + 1) // 64) * 64
 
 
-def _total_bytes(size: int) -> int:
+def mailbox_bytes(size: int) -> int:
     return _HEADER + 2 * _bounds_bytes(size) + 2 * HALF_BYTES
 
 

@@ -29,9 +29,10 @@ from drumline.workers.experts.shared import SharedExchange
 from drumline.workers.groups import GroupCoordinator, GroupPlace, form_group
 from drumline.workers.layers.moe import ExpertExchange
 from drumline.workers.progress import Progress
-from tests.integration.workers import scenarios
+from tests.integration.workers import group_faults, group_scenarios, scenarios
 
 SCENARIO_DEADLINE_S = 20.0
+_MODULES = (scenarios, group_scenarios, group_faults)
 
 
 @dataclass
@@ -55,8 +56,15 @@ class Rank:
 
     def form(self, epoch: int = 1, deadline_s: float = 10.0, world: int | None = None) -> GroupCoordinator:
         members = tuple(range(self.world if world is None else world))
+        return self.form_among("experts", members, epoch, deadline_s)
+
+    def form_among(
+        self, name: str, members: tuple[int, ...], epoch: int = 1, deadline_s: float = 10.0, **changes: Any
+    ) -> GroupCoordinator:
+        """A group of some ranks, over sockets alone unless the way is "memory"."""
         place = GroupPlace(1, epoch, self.rank, members, "127.0.0.1", self.port, torch.device("cpu"))
-        return form_group("experts", place, self.abort, self.progress, deadline_s)
+        changes = {"share": self.way == "memory"} | changes
+        return form_group(name, place, self.abort, self.progress, deadline_s, **changes)
 
 
 def _run_rank(rank: int, world: int, listener: socket.socket, scenario: str, way: str, answer: int) -> None:
@@ -73,7 +81,8 @@ def _run_rank(rank: int, world: int, listener: socket.socket, scenario: str, way
             timeout=timedelta(seconds=10),
         )
     try:
-        function: Callable[[Rank], Any] = getattr(scenarios, scenario)
+        module = next(module for module in _MODULES if hasattr(module, scenario))
+        function: Callable[[Rank], Any] = getattr(module, scenario)
         outcome = {"value": function(Rank(rank, world, port, AbortFlag(), Progress(), way))}
     except BaseException:
         outcome = {"error": traceback.format_exc()}

@@ -204,7 +204,7 @@ class Worker:
             return
         runner = self._loaded()
         counts, replica = step.num_tokens_across_dp, runner.place.replica
-        self._progress.begin_step(step.step, dummy=replica >= len(counts) or counts[replica] == 0)
+        self._progress.begin_step(step.step, dummy=replica >= len(counts) or not int(counts[replica]))
         out = runner.execute(step)
         self._control.send(
             StepDone(step.term, step.epoch, self._me.rank, step.step, out.tokens, out.logprob_index, out.logprobs)

@@ -258,7 +258,7 @@ async def test_a_killed_worker_ends_every_request_with_an_error_that_names_it() 
     ("config", "named"),
     [
         ({"model": "/nowhere/at/all"}, "/nowhere/at/all"),
-        ({"model": "demo", "parallel": ParallelConfig(data_parallel_size=2)}, "enable_expert_parallel"),
+        ({"model": "demo", "parallel": ParallelConfig(data_parallel_size=7)}, "enable_expert_parallel"),
         ({"model": "demo", "max_model_len": 10_000_000}, "max_model_len"),
     ],
 )

@@ -65,14 +65,15 @@ class PointToPoint:
             return first if first > seq else None
 
         def ask(call: Call) -> bytes | int:
-            if (found := poll(call, look)) is None:
+            found: bytes | int | None = poll(call, look)
+            if found is None:
                 raise call.late()
             return found
 
         found = session.run(call, ask, (key,))
         if isinstance(found, int):
             self._received[src] = found - 1
-            raise StoreError(f"{call.what}: {found - seq} objects, from number {seq} on, expired unread")
+            raise StoreError(f"{call.what}: numbers {seq} to {found - 1} expired unread")
         self._received[src] = seq
         return found
 

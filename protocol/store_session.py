@@ -51,17 +51,18 @@ class StoreSession:
         deleted: set[str] = set()
         answers: list[R] = []
 
-        def delete(keys: list[str]) -> None:
+        def delete(keys: list[str], over: Callable[[], bool]) -> None:
             for key in keys:
-                if call.over():
+                if over():
                     break
                 store.delete_key(key)
                 deleted.add(key)
 
         def operation(call: Call) -> None:
-            delete(doomed)
+            # However short the time is: operations that fail one after the other must not fill the store.
+            delete(doomed, call.stopped.is_set)
             answers.append(ask(call))
-            delete(read)
+            delete(read, call.over)
 
         try:
             run_bounded(call, operation, self._abandoned)

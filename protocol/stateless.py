@@ -1,95 +1,32 @@
-"""Groups without global state, on a TCPStore that lives as long as its epoch. The only module here that needs torch.
+"""Groups without global state, on a TCPStore that lives as long as its epoch.
 
-The store listens on a socket that is bound to an explicit address before its port is told to anyone: torch left alone
-listens on every interface. Neither store nor tensor plane authenticates its peers, so a trusted network is their
-condition.
-
-torch's client does not keep its own timeouts (a peer that accepts and never answers hangs it for good), therefore every
-operation runs on a thread of its own that is given up at the deadline. Groups carry metadata while an epoch forms,
-never anything per step.
+They carry small objects, as msgspec's msgpack, while an epoch forms: metadata, never anything per step. Every operation
+keeps its deadline whatever the store does.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # exported, but not in __all__
+from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in __all__
 
-from drumline.protocol.errors import DrumlineError, InvalidConfig, ProtocolError
+from drumline.protocol.bounded import Call, StoreError, poll
+from drumline.protocol.errors import InvalidConfig, ProtocolError
+from drumline.protocol.objects import decode_object, encode_object
+from drumline.protocol.outbox import Lane
+from drumline.protocol.point_to_point import PointToPoint
+from drumline.protocol.store import connect_store, open_store, reserve_port
+from drumline.protocol.store_session import StoreSession
 
-R = TypeVar("R")
+__all__ = ["StatelessGroup", "StoreError", "connect_store", "group_prefix", "open_store", "reserve_port"]
 
-MAX_OBJECT_BYTES = 8 << 20
-# Beyond the deadline of an operation, how long a store may take to answer before its thread is given up.
-_GRACE_S = 0.5
-_FIRST_PAUSE_S = 0.0005
-_LONGEST_PAUSE_S = 0.01
-_LOOK_S = 0.05
-_BACKLOG = 1024
-
-
-class StoreError(DrumlineError):
-    """The epoch's store, or a peer that was waited for there, did not answer in time. A new epoch may do better."""
-
-    kind = "store"
-    retryable = True
-
-
-def open_store(host: str, port: int = 0, timeout_s: float = 10.0) -> tuple[TCPStore, str, int]:
-    """Open a store on ``host``, an IP address of this machine; port 0 takes a free one. Returns store, host and port.
-
-    The store serves until its last reference is dropped. Raises InvalidConfig for an address that is a wildcard, not an
-    IP address or cannot be bound, StoreError when the store does not come up in time.
-    """
-    ip = _check_host(host)
-    family = socket.AF_INET6 if ip.version == 6 else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, port))
-            listener.listen(_BACKLOG)
-        except (OSError, OverflowError) as error:
-            raise InvalidConfig("host", f"{host} port {port} ({error})", "an address of this machine") from error
-        bound = int(listener.getsockname()[1])
-        # torch closes the descriptor it is given.
-        descriptor = listener.dup().detach()
-
-    def start(_: Callable[[], bool]) -> TCPStore:
-        return TCPStore(
-            host,
-            bound,
-            is_master=True,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=descriptor,
-        )
-
-    return _bounded(f"opening the store on {host} port {bound}", timeout_s, start), host, bound
-
-
-def connect_store(host: str, port: int, timeout_s: float = 10.0, abandoned: threading.Event | None = None) -> TCPStore:
-    """Connect to a store that :func:`open_store` opened, perhaps elsewhere.
-
-    Raises StoreError when nothing that speaks the store's protocol answers within ``timeout_s``, or when ``abandoned``
-    is set meanwhile.
-    """
-    _check_host(host)
-    if not 1 <= port <= 65535:
-        raise InvalidConfig("port", port, "1 to 65535")
-    deadline = time.monotonic() + timeout_s
-
-    def connect(stopped: Callable[[], bool]) -> TCPStore:
-        _await_listener(host, port, deadline, stopped)
-        return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
-
-    return _bounded(f"connecting to the store on {host} port {port}", timeout_s, connect, abandoned)
+BARRIER_TIMEOUT_S = 30.0
+DATA_EXPIRATION_S = 3600.0
+STORE_TIMEOUT_S = 300.0
 
 
 def group_prefix(term: int, epoch: int, group: str) -> str:
@@ -98,11 +35,18 @@ def group_prefix(term: int, epoch: int, group: str) -> str:
 
 
 class StatelessGroup:
-    """Ranks of one epoch that exchange small objects through its store.
+    """Ranks that exchange small objects through a store. Not for use by several threads.
 
-    Every member calls the same operations in the same order. Objects are what msgspec's msgpack carries, at most 8 MiB.
-    Keys are ``term.epoch/group/kind/seq/src/dst``, so nothing of another epoch or operation can be taken for an answer;
-    a member deletes what it wrote once it knows that all have read it. Not for use by several threads.
+    Every member calls the collectives (barrier, all_gather_obj, broadcast_obj) in the same order; send_obj and recv_obj
+    pair up by themselves, in the order of the sends. Objects are what msgspec's msgpack carries, at most 8 MiB. Keys
+    are ``term.epoch/group/kind/seq/src/dst``, so nothing of another epoch, group, sender or operation can be taken for
+    an answer; a name makes a group once per epoch and store.
+
+    A member deletes what it wrote once it knows that all have read it, a receiver what was sent to it alone. A group
+    never has more than ``outbox.MAX_UNREAD`` objects per reader in the store, and a few keys per pair of members.
+
+    Errors: StoreError for a peer or a store that does not answer in time, ProtocolError for what no group may do. A
+    collective that failed is over for this member, whatever the others say; a receive can be tried again.
     """
 
     def __init__(
@@ -114,168 +58,225 @@ class StatelessGroup:
         rank: int,
         members: Sequence[int],
         abandoned: threading.Event | None = None,
+        *,
+        data_expiration_seconds: float = DATA_EXPIRATION_S,
+        store_timeout: float = STORE_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``members`` are the global ranks of the group, ``rank`` one of them. Setting ``abandoned`` ends any wait."""
+        """``members`` are the global ranks of the group, ``rank`` one of them. Setting ``abandoned`` ends any wait.
+
+        What nobody fetched for ``data_expiration_seconds``, by ``clock``, is deleted. ``store_timeout``: the timeout,
+        in seconds, of operations that are given none.
+        """
         if rank not in members or len(set(members)) != len(members):
             raise ProtocolError(f"rank {rank} and the members {list(members)} make no group")
+        for field, seconds in (("data_expiration_seconds", data_expiration_seconds), ("store_timeout", store_timeout)):
+            if not seconds > 0:
+                raise InvalidConfig(field, seconds, "a number of seconds above 0")
         self.rank = rank
         self.members = tuple(members)
         self.name = group_prefix(term, epoch, group)
-        self._store = store
-        self._abandoned = abandoned
+        self._others = tuple(member for member in members if member != rank)
+        self._session = StoreSession(store, abandoned)
+        self._data_expiration_s = data_expiration_seconds
+        self._store_timeout_s = store_timeout
+        self._clock = clock
+        self._owns_store = self._closed = False
         self._seq = 0
-        self._written: list[str] = []
+        self._gathered, self._broadcast = Lane(), Lane()
+        self._pairs = PointToPoint(self._session, rank, self.key, clock)
+
+    @classmethod
+    def create(
+        cls,
+        host: str,
+        port: int,
+        rank: int,
+        world_size: int,
+        data_expiration_seconds: float = DATA_EXPIRATION_S,
+        store_timeout: float = STORE_TIMEOUT_S,
+        *,
+        listener: socket.socket | None = None,
+        abandoned: threading.Event | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> StatelessGroup:
+        """A group of the ranks 0 to ``world_size`` - 1 with a store of its own. Returns when all have come.
+
+        Rank 0 opens the store on ``host`` and ``port``, the others connect to it; it lives until rank 0's group is
+        closed or dropped. For a port of the kernel's choice rank 0 calls :func:`reserve_port`, tells the others the
+        port and passes the socket as ``listener``. A process may be in any number of groups.
+
+        Raises InvalidConfig for arguments that make no group, StoreError within ``store_timeout`` seconds when the
+        store cannot be reached or ranks do not come; names them.
+        """
+        if world_size < 1:
+            raise InvalidConfig("world_size", world_size, "1 or more")
+        if not 0 <= rank < world_size:
+            raise InvalidConfig("rank", rank, f"0 to {world_size - 1}")
+        if not 1 <= port <= 65535:
+            raise InvalidConfig("port", port, "1 to 65535; reserve_port takes a free one")
+        if listener is not None and rank:
+            raise InvalidConfig("listener", f"a socket on rank {rank}", "a socket on rank 0, None elsewhere")
+        began = time.monotonic()
+        if rank == 0:
+            store, _, _ = open_store(host, port, store_timeout, listener)
+        else:
+            store = connect_store(host, port, store_timeout, abandoned)
+        options: dict[str, Any] = {"data_expiration_seconds": data_expiration_seconds, "store_timeout": store_timeout}
+        group = cls(store, 0, 0, "world", rank, range(world_size), abandoned, clock=clock, **options)
+        group._owns_store = True
+        try:
+            group._gather("create", None, store_timeout, began)
+        except BaseException:
+            group._session.close()
+            raise
+        return group
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Leave the group; nothing can be called after it. A group on a store of the caller's leaves that alone.
+
+        In a group of :meth:`create`, rank 0 waits for the others to leave before it closes the store under them. Raises
+        StoreError, once the store is closed, that names the ranks that did not leave in time.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        session, call = self._session, self._call("close", timeout_s)
+        try:
+            if self._owns_store and self.rank == self.members[0]:
+                keys = {member: self.key("left", 0, member) for member in self._others}
+                session.run(call, lambda call: session.await_all(call, keys))
+            elif self._owns_store:
+                session.run(call, lambda _: session.set(self.key("left", 0, self.rank), b""))
+        finally:
+            session.close()
 
     def key(self, kind: str, seq: int, src: int, dst: int | str = "all") -> str:
         """The key under which ``src`` leaves the object of operation number ``seq`` for ``dst``."""
         return f"{self.name}/{kind}/{seq}/{src}/{dst}"
 
-    def barrier(self, timeout_s: float) -> None:
+    def barrier(self, timeout_s: float = BARRIER_TIMEOUT_S) -> None:
         """Return when every member has called this. Raises StoreError that names the ranks that have not."""
-        self._gather("barrier", b"", timeout_s)
+        self._gather("barrier", None, timeout_s)
 
-    def all_gather_obj(self, value: Any, timeout_s: float, as_type: Any = Any) -> list[Any]:
+    def all_gather_obj(self, value: Any, timeout_s: float | None = None, as_type: Any = Any) -> list[Any]:
         """The objects of all members, in the order of ``members``, decoded as ``as_type``.
 
         Raises StoreError that names the ranks whose object did not come, ProtocolError for one that does not decode.
         """
-        return [_decode(raw, as_type) for raw in self._gather("gather", _encode(value), timeout_s)]
+        return [decode_object(raw, as_type) for raw in self._gather("gather", value, timeout_s)]
 
-    def broadcast_obj(self, value: Any, src: int, timeout_s: float, as_type: Any = Any) -> Any:
-        """``src``'s object, decoded as ``as_type`` (on ``src`` itself: ``value`` as it is). Errors as above."""
-        if src not in self.members:
-            raise ProtocolError(f"rank {src} is not a member of {self.name}: {list(self.members)}")
+    def broadcast_obj(self, value: Any, src: int, timeout_s: float | None = None, as_type: Any = Any) -> Any:
+        """``src``'s object, decoded as ``as_type`` (on ``src`` itself: ``value`` as it is). Errors as above.
+
+        ``src`` does not wait for the others before it is ``outbox.MAX_UNREAD`` objects ahead of one of them.
+        """
+        self._check_member(src)
         seq = self._next()
-        key = self.key("broadcast", seq, src)
+        raw = encode_object(value) if src == self.rank else b""
+        call, session, key = self._call(f"broadcast {seq}", timeout_s), self._session, self.key("broadcast", seq, src)
         if src == self.rank:
-            raw = _encode(value)
-            self._run(f"broadcast {seq}", timeout_s, lambda _: self._set(key, raw))
-            self._written.append(key)
+            self._expire(call)
+            if self._broadcast.full:
+                read = session.run(call, self._await_readers)
+                session.doom(self._broadcast.drop_to(read))
+                call.unseen = ()
+            # Listed first: whether a write that fails has arrived is unknown.
+            self._broadcast.add(seq, key, self._clock())
+            session.run(call, lambda _: session.set(key, raw))
             return value
-        deadline = time.monotonic() + timeout_s
 
-        def receive(stopped: Callable[[], bool]) -> bytes:
-            self._wait(f"broadcast {seq}", {src: key}, deadline, timeout_s, stopped)
-            return bytes(self._store.get(key))
+        def receive(call: Call) -> bytes:
+            raw = session.await_one(call, key, src)
+            session.set(self.key("read", 0, self.rank, src), encode_object(seq))
+            return raw
 
-        return _decode(self._run(f"broadcast {seq}", timeout_s, receive), as_type)
+        return decode_object(session.run(call, receive), as_type)
 
-    def _gather(self, kind: str, raw: bytes, timeout_s: float) -> list[bytes]:
+    def send_obj(self, value: Any, dst: int, timeout_s: float | None = None) -> None:
+        """Leave an object for ``dst``. Does not wait for it to be read before ``dst`` is ``outbox.MAX_UNREAD`` behind;
+        then raises StoreError that names ``dst``, with nothing sent, if that does not change in time.
+
+        Deletes what has expired, see :meth:`expire_data`.
+        """
+        self._check_member(dst)
+        raw = encode_object(value)
+        call = self._call(f"send {self._pairs.next_to(dst)} to rank {dst}", timeout_s)
+        self._expire(call)
+        self._pairs.send(call, raw, dst)
+
+    def recv_obj(self, src: int, as_type: Any = Any, timeout_s: float | None = None) -> Any:
+        """The next object that ``src`` left for this rank, decoded as ``as_type``.
+
+        Raises StoreError that names ``src`` when none comes in time; the same receive can be tried again. Where objects
+        expired unread, StoreError says which, once, and the next receive goes on behind them. One that does not decode
+        is ProtocolError, and gone.
+        """
+        self._check_member(src)
+        call = self._call(f"receive {self._pairs.next_from(src)} from rank {src}", timeout_s)
+        return decode_object(self._pairs.receive(call, src), as_type)
+
+    def expire_data(self) -> None:
+        """Delete what this member wrote and nobody fetched for ``data_expiration_seconds``. Every send and every
+        broadcast of this member begins with it. Raises StoreError when the store does not answer."""
+        call = self._call("expiry", None)
+        self._expire(call)
+        self._session.run(call, lambda _: None)
+
+    def _expire(self, call: Call) -> None:
+        before = self._clock() - self._data_expiration_s
+        for lane in (self._gathered, self._broadcast):
+            if due := lane.written_before(before):
+                self._session.doom(lane.drop_to(due[-1].seq))
+        self._pairs.expire(call, before)
+
+    def _await_readers(self, call: Call) -> int:
+        """The number of the last broadcast that all others have read; waits until that is the oldest of the lane."""
+        oldest = self._broadcast.left[0].seq
+        marks = dict.fromkeys(self._others, 0)
+        call.lack = f"{len(self._broadcast.left)} broadcasts unread by"
+
+        def look() -> bool | None:
+            for member in [member for member, mark in marks.items() if mark < oldest]:
+                if (raw := self._session.peek(self.key("read", 0, member, self.rank))) is not None:
+                    marks[member] = int(decode_object(raw, int))
+            call.unseen = tuple(member for member, mark in marks.items() if mark < oldest)
+            return None if call.unseen else True
+
+        if not poll(call, look):
+            raise call.late()
+        return min(marks.values(), default=self._broadcast.last)
+
+    def _gather(self, kind: str, value: Any, timeout_s: float | None, began: float | None = None) -> list[bytes]:
+        # Counted whatever comes of it, so that all members keep the same count.
         seq = self._next()
+        raw = encode_object(value)
+        call, session = self._call(f"{kind} {seq}", timeout_s, began), self._session
         keys = {member: self.key(kind, seq, member) for member in self.members}
-        deadline = time.monotonic() + timeout_s
+        call.unseen = self._others
+        if self._gathered.full:
+            session.doom(self._gathered.drop_to(self._gathered.left[0].seq))
 
-        def exchange(stopped: Callable[[], bool]) -> list[bytes]:
-            self._set(keys[self.rank], raw)
-            self._wait(f"{kind} {seq}", keys, deadline, timeout_s, stopped)
-            values = [bytes(self._store.get(key)) for key in keys.values()] if raw else []
-            # All have begun this operation, so all have ended the ones before it.
-            for old in self._written:
-                self._store.delete_key(old)
-            return values
+        def exchange(call: Call) -> list[bytes]:
+            session.set(keys[self.rank], raw)
+            session.await_all(call, {member: keys[member] for member in self._others})
+            return session.get_all(keys.values()) if kind == "gather" else []
 
-        values = self._run(f"{kind} {seq}", timeout_s, exchange)
-        self._written = [keys[self.rank]]
+        old = [entry.key for lane in (self._gathered, self._broadcast) for entry in lane.left]
+        self._gathered.add(seq, keys[self.rank], self._clock())
+        # If it succeeds, all have begun this operation, so all have ended the ones before it.
+        values = session.run(call, exchange, old)
+        self._gathered.drop_to(seq - 1)
+        self._broadcast.drop_to(seq - 1)
         return values
-
-    def _set(self, key: str, raw: bytes) -> None:
-        self._store.set(key, raw)  # type: ignore[arg-type]  # takes bytes; its stub says str
-
-    def _wait(
-        self, what: str, keys: dict[int, str], deadline: float, timeout_s: float, stopped: Callable[[], bool]
-    ) -> None:
-        """Ask until all keys are there. Store.wait would do, but cannot be abandoned and logs every timeout."""
-        wanted = list(keys.values())
-        pause = _FIRST_PAUSE_S
-        while not self._store.check(wanted):
-            if stopped() or time.monotonic() >= deadline:
-                missing = [rank for rank, key in keys.items() if not self._store.check([key])]
-                ranks = ", ".join(str(rank) for rank in missing)
-                raise StoreError(f"{what} of {self.name}: nothing from rank {ranks} within {timeout_s:g} s")
-            time.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_PAUSE_S)
-
-    def _run(self, what: str, timeout_s: float, operation: Callable[[Callable[[], bool]], R]) -> R:
-        return _bounded(f"{what} of {self.name}", timeout_s, operation, self._abandoned)
 
     def _next(self) -> int:
         self._seq += 1
         return self._seq
 
+    def _call(self, what: str, timeout_s: float | None, began: float | None = None) -> Call:
+        return Call(f"{what} of {self.name}", self._store_timeout_s if timeout_s is None else timeout_s, began)
 
-def _check_host(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    try:
-        ip = ipaddress.ip_address(host)
-    except ValueError:
-        raise InvalidConfig("host", host, "an IP address") from None
-    if ip.is_unspecified:
-        raise InvalidConfig("host", host, "one address; a wildcard is never bound")
-    return ip
-
-
-def _await_listener(host: str, port: int, deadline: float, stopped: Callable[[], bool]) -> None:
-    """Return when something accepts connections there: torch's own retries overrun their timeout and fill the log."""
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=max(0.001, deadline - time.monotonic())).close()
-            return
-        except OSError as error:
-            if stopped() or time.monotonic() + _LONGEST_PAUSE_S >= deadline:
-                raise StoreError(f"the store on {host} port {port} cannot be reached: {error}") from error
-        time.sleep(_LONGEST_PAUSE_S)
-
-
-def _encode(value: Any) -> bytes:
-    raw = msgspec.msgpack.encode(value)
-    if len(raw) > MAX_OBJECT_BYTES:
-        raise ProtocolError(f"an object of {len(raw)} bytes for a group; the limit is {MAX_OBJECT_BYTES}")
-    return raw
-
-
-def _decode(raw: bytes, as_type: Any) -> Any:
-    try:
-        return msgspec.msgpack.decode(raw, type=as_type)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise ProtocolError(f"an object of a group that does not decode: {error}") from error
-
-
-def _bounded(
-    what: str,
-    timeout_s: float,
-    operation: Callable[[Callable[[], bool]], R],
-    abandoned: threading.Event | None = None,
-) -> R:
-    """Run ``operation`` on a daemon thread and leave it behind when it is not back in time.
-
-    The thread that is left behind ends when the connection it hangs on does. ``operation`` is told through its argument
-    when nobody waits for it any more.
-    """
-    done, stopped = threading.Event(), threading.Event()
-    results: list[R] = []
-    failures: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            results.append(operation(stopped.is_set))
-        except BaseException as error:  # carried to the thread that waits
-            failures.append(error)
-        finally:
-            done.set()
-
-    threading.Thread(target=body, name=f"drumline: {what}", daemon=True).start()
-    deadline = time.monotonic() + timeout_s + _GRACE_S
-    while not done.wait(_LOOK_S):
-        if abandoned is not None and abandoned.is_set():
-            stopped.set()
-            raise StoreError(f"{what}: abandoned")
-        if time.monotonic() >= deadline:
-            stopped.set()
-            raise StoreError(f"{what}: no answer within {timeout_s:g} s")
-    if not failures:
-        return results[0]
-    error = failures[0]
-    if isinstance(error, DrumlineError) or not isinstance(error, RuntimeError):
-        raise error
-    # torch adds a C++ trace after the first line.
-    reason = str(error).partition("\n")[0]
-    raise StoreError(f"{what}: {reason}") from error
+    def _check_member(self, rank: int) -> None:
+        if rank not in self.members:
+            raise ProtocolError(f"rank {rank} is not a member of {self.name}: {list(self.members)}")

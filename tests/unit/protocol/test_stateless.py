@@ -1,132 +1,29 @@
+"""Collectives of a group whose members are threads of one process."""
+
 from __future__ import annotations
 
-import multiprocessing
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
 import pytest
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch import distributed
+from torch.distributed import TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
-from drumline.protocol.errors import DrumlineError, InvalidConfig, ProtocolError
-from drumline.protocol.stateless import StatelessGroup, StoreError, connect_store, group_prefix, open_store
+from drumline.protocol.errors import InvalidConfig, ProtocolError
+from drumline.protocol.stateless import (
+    StatelessGroup,
+    StoreError,
+    connect_store,
+    group_prefix,
+    open_store,
+    reserve_port,
+)
 
-from .test_sockets import listening_addresses
+from .stores import in_threads, opened
 
-
-@pytest.fixture
-def opened() -> Iterator[tuple[TCPStore, str, int]]:
-    store, host, port = open_store("127.0.0.1")
-    yield store, host, port
-    del store
-
-
-def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """What ``work(rank)`` returned or raised on each of ``count`` threads, by rank."""
-    results: list[Any] = [None] * count
-
-    def body(rank: int) -> None:
-        try:
-            results[rank] = work(rank)
-        except DrumlineError as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
-    return results
-
-
-# ------------------------------------------------------------------------------------------------------- the store
-
-
-def test_the_store_listens_on_the_given_address_alone(opened: tuple[TCPStore, str, int]) -> None:
-    _, host, port = opened
-    assert host == "127.0.0.1"
-    assert listening_addresses(port) == {"0100007F"}
-
-
-def test_the_port_may_be_given(opened: tuple[TCPStore, str, int]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(InvalidConfig, match="in use"):
-            open_store("127.0.0.1", port)
-    store, _, found = open_store("127.0.0.1", port)
-    assert found == port
-    del store
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "localhost", "", "*", "203.0.113.9"])
-def test_a_store_is_not_opened_on_a_wildcard_or_elsewhere(host: str) -> None:
-    with pytest.raises(InvalidConfig) as caught:
-        open_store(host)
-    assert caught.value.field == "host"
-
-
-def test_a_store_answers_those_who_connect(opened: tuple[TCPStore, str, int]) -> None:
-    store, host, port = opened
-    store.set("key", "value")
-    assert connect_store(host, port).get("key") == b"value"
-
-
-def test_connecting_to_nobody_ends_at_the_deadline() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed_soon:
-        port = closed_soon.getsockname()[1]
-    began = time.monotonic()
-    with pytest.raises(StoreError, match="cannot be reached") as caught:
-        connect_store("127.0.0.1", port, timeout_s=0.2)
-    assert time.monotonic() - began < 2
-    assert caught.value.retryable
-
-
-def test_connecting_to_something_silent_ends_at_the_deadline() -> None:
-    # torch's own client would wait for ever.
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        began = time.monotonic()
-        with pytest.raises(StoreError, match="no answer within"):
-            connect_store("127.0.0.1", silent.getsockname()[1], timeout_s=0.2)
-        assert time.monotonic() - began < 3
-    left = [t for t in threading.enumerate() if t.name.startswith("drumline: connecting")]
-    for thread in left:
-        thread.join(10)
-        assert not thread.is_alive()
-
-
-def test_connecting_can_be_abandoned() -> None:
-    abandoned = threading.Event()
-    abandoned.set()
-    with socket.create_server(("127.0.0.1", 0)) as closed_soon:
-        port = closed_soon.getsockname()[1]
-    began = time.monotonic()
-    with pytest.raises(StoreError, match="abandoned"):
-        connect_store("127.0.0.1", port, timeout_s=60, abandoned=abandoned)
-    assert time.monotonic() - began < 5
-
-
-def test_a_store_that_is_late_is_waited_for() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    opened: list[Any] = []
-    late = threading.Timer(0.2, lambda: opened.append(open_store("127.0.0.1", port)))
-    late.start()
-    assert connect_store("127.0.0.1", port, timeout_s=20).num_keys() >= 0
-    late.join(10)
-
-
-@pytest.mark.parametrize("port", [0, -1, 65536])
-def test_a_port_that_cannot_be_is_refused(port: int) -> None:
-    with pytest.raises(InvalidConfig, match="1 to 65535"):
-        connect_store("127.0.0.1", port)
-
-
-# -------------------------------------------------------------------------------------------------------- the group
+__all__ = ["opened"]
 
 
 class Greeting(msgspec.Struct):
@@ -153,22 +50,6 @@ def test_members_exchange_objects_in_member_order(opened: tuple[TCPStore, str, i
         [1, 2],
     )
     assert in_threads(3, work) == [expected] * 3
-
-
-def test_keys_do_not_pile_up(opened: tuple[TCPStore, str, int]) -> None:
-    store, host, port = opened
-
-    def work(rank: int) -> None:
-        own = store if rank == 0 else connect_store(host, port)
-        group = StatelessGroup(own, 1, 1, "dp", rank, range(2))
-        for number in range(20):
-            group.broadcast_obj(number, number % 2, 10)
-            group.all_gather_obj(number, 10)
-        group.barrier(10)
-
-    before = store.num_keys()
-    in_threads(2, work)
-    assert store.num_keys() - before <= 2
 
 
 def test_a_barrier_names_who_is_missing(opened: tuple[TCPStore, str, int]) -> None:
@@ -232,38 +113,6 @@ def test_keys_say_epoch_group_kind_number_and_ends(opened: tuple[TCPStore, str, 
     assert group.key("send", 7, 3, 0) == "1.2/ep/send/7/3/0"
 
 
-def _member(rank: int, world: int, host: str, port: int, results: Connection) -> None:
-    group = StatelessGroup(connect_store(host, port, 30), 1, 1, "all", rank, range(world))
-    gathered = group.all_gather_obj(rank * rank, 30)
-    results.send_bytes(msgspec.msgpack.encode([rank, gathered]))
-    # The last exchange is over for this rank only when the others have read it too.
-    group.barrier(30)
-
-
-def test_processes_form_a_group(opened: tuple[TCPStore, str, int]) -> None:
-    _, host, port = opened
-    spawn = multiprocessing.get_context("spawn")
-    reading, writing = spawn.Pipe(duplex=False)
-    ranks = [spawn.Process(target=_member, args=(r, 2, host, port, writing), daemon=True) for r in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        answers = []
-        for _ in ranks:
-            assert reading.poll(60)
-            answers.append(msgspec.msgpack.decode(reading.recv_bytes()))
-        assert sorted(answers) == [[0, [0, 1]], [1, [0, 1]]]
-        for process in ranks:
-            process.join(30)
-            assert process.exitcode == 0
-    finally:
-        for process in ranks:
-            process.kill()
-            process.join(10)
-        reading.close()
-        writing.close()
-
-
 def test_the_death_of_the_store_is_an_error_and_no_hang() -> None:
     store, host, port = open_store("127.0.0.1")
     client = connect_store(host, port)
@@ -277,3 +126,113 @@ def test_the_death_of_the_store_is_an_error_and_no_hang() -> None:
         group.barrier(20)
     assert time.monotonic() - began < 10
     dropped.join(5)
+
+
+def create(rank: int, size: int, port: int, listener: Any, **options: Any) -> StatelessGroup:
+    return StatelessGroup.create("127.0.0.1", port, rank, size, listener=None if rank else listener, **options)
+
+
+def test_a_group_is_created_used_and_closed() -> None:
+    listener, port = reserve_port("127.0.0.1")
+
+    def work(rank: int) -> Any:
+        group = create(rank, 3, port, listener, store_timeout=20)
+        gathered = group.all_gather_obj(rank)
+        group.barrier()
+        group.close()
+        group.close()
+        with pytest.raises(ProtocolError, match="closed"):
+            group.barrier(1)
+        return gathered
+
+    assert in_threads(3, work) == [[0, 1, 2]] * 3
+    with pytest.raises(StoreError, match="cannot be reached"):
+        connect_store("127.0.0.1", port, 0.1)
+
+
+def test_closing_names_who_did_not_leave() -> None:
+    listener, port = reserve_port("127.0.0.1")
+    left = threading.Event()
+
+    def work(rank: int) -> None:
+        group = create(rank, 3, port, listener, store_timeout=20)
+        if rank == 2:
+            assert left.wait(20)
+            return
+        try:
+            group.close(0.3)
+        finally:
+            if rank == 0:
+                left.set()
+
+    errors = in_threads(3, work)
+    assert "close of 0.0/world: nothing from rank 2 within 0.3 s" in str(errors[0])
+    assert errors[1:] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"world_size": 0}, "world_size"),
+        ({"rank": 2}, "rank"),
+        ({"rank": -1}, "rank"),
+        ({"port": 0}, "port"),
+        ({"port": 65536}, "port"),
+        ({"host": "0.0.0.0"}, "host"),
+        ({"data_expiration_seconds": 0}, "data_expiration_seconds"),
+        ({"store_timeout": -1}, "store_timeout"),
+    ],
+)
+def test_what_makes_no_group_is_refused_by_name(arguments: dict[str, Any], field: str) -> None:
+    listener, port = reserve_port("127.0.0.1")
+    listener.close()
+    with pytest.raises(InvalidConfig) as caught:
+        StatelessGroup.create(**{"host": "127.0.0.1", "port": port, "rank": 0, "world_size": 2, **arguments})
+    assert caught.value.field == field
+
+
+def test_a_listener_belongs_to_rank_0() -> None:
+    listener, port = reserve_port("127.0.0.1")
+    with listener, pytest.raises(InvalidConfig) as caught:
+        StatelessGroup.create("127.0.0.1", port, 1, 2, listener=listener)
+    assert caught.value.field == "listener"
+
+
+def test_a_failed_collective_does_not_shift_the_next(opened: tuple[TCPStore, str, int]) -> None:
+    _, host, port = opened
+
+    def work(rank: int) -> Any:
+        group = StatelessGroup(connect_store(host, port), 1, 1, "ep", rank, (0, 1))
+        # Rank 0 cannot send what it is asked to; rank 1 waits in vain.
+        with pytest.raises(ProtocolError if rank == 0 else StoreError):
+            group.broadcast_obj(object(), 0, 0.3)
+        with pytest.raises(ProtocolError if rank == 0 else StoreError):
+            group.all_gather_obj(object() if rank == 0 else 1, 0.3)
+        return group.all_gather_obj(rank, 20)
+
+    assert in_threads(2, work) == [[0, 1]] * 2
+
+
+def test_no_default_process_group_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the default process group was asked for")
+
+    monkeypatch.setattr(distributed, "init_process_group", refuse)
+    monkeypatch.setattr(distributed_c10d, "init_process_group", refuse)
+    monkeypatch.setattr(distributed_c10d, "_get_default_group", refuse)
+    monkeypatch.setattr(distributed_c10d, "_get_default_store", refuse)
+    monkeypatch.setattr(type(distributed_c10d._world), "default_pg", property(refuse, refuse))
+    with pytest.raises(AssertionError, match="was asked for"):
+        distributed.is_initialized()
+    listener, port = reserve_port("127.0.0.1")
+
+    def work(rank: int) -> Any:
+        group = create(rank, 2, port, listener, store_timeout=20)
+        group.send_obj("hello", 1 - rank)
+        results = [group.all_gather_obj(rank), group.broadcast_obj(rank, 1), group.recv_obj(1 - rank)]
+        group.barrier()
+        group.expire_data()
+        group.close()
+        return results
+
+    assert in_threads(2, work) == [[[0, 1], 1, "hello"]] * 2

@@ -36,6 +36,7 @@ from drumline.protocol.messages import (
     Step,
     ToWorker,
     WelcomeWorker,
+    WorkerConfig,
 )
 from drumline.protocol.sockets import SendResult, ThreadDealer
 from drumline.workers.abort import AbortFlag
@@ -87,6 +88,8 @@ class Control:
         self._term = -1
         self._newest = (-1, -1)
         self._welcomed = False
+        self._config: WorkerConfig | None = None
+        self._config_known = threading.Event()
         self._beat_interval = 1.0
         self._next_beat = 0.0
         self._exit_at: float | None = None
@@ -98,6 +101,12 @@ class Control:
         self._thread.start()
 
     # ------------------------------------------------------------------------------------------- on the main thread
+
+    def await_config(self) -> WorkerConfig | None:
+        """The configuration that comes with the Welcome, which stays in the inbox; None when the engine ends first.
+        Without a Welcome the control thread ends the process within ``WELCOME_DEADLINE_S``."""
+        self._config_known.wait(WELCOME_DEADLINE_S + SHUTDOWN_GRACE_S)
+        return self._config
 
     def send(self, message: FromWorker) -> None:
         """Have ``message`` sent. Waits at most 5 s for room, of which there is plenty while the coordinator reads.
@@ -228,6 +237,7 @@ class Control:
             if isinstance(message, Shutdown):
                 self._exit_at = time.monotonic() + SHUTDOWN_GRACE_S
                 self.abort.abort_all(f"shutdown {message.reason}".rstrip())
+                self._config_known.set()
             elif isinstance(message, OpenStore | Configure) and (message.term, message.epoch) > self._newest:
                 self._newest = (message.term, message.epoch)
                 self.abort.abort_before(*self._newest, f"epoch {self._newest} begins")
@@ -245,6 +255,8 @@ class Control:
         self._term = message.term
         self._beat_interval = message.config.beat_interval_s
         self._hand_over(message)
+        self._config = message.config
+        self._config_known.set()
 
     def _hand_over(self, message: ToWorker) -> None:
         if self.inbox.qsize() < INBOX_LIMIT or isinstance(message, Shutdown):

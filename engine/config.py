@@ -77,6 +77,8 @@ class ParallelConfig(Settings, frozen=True):
     pipeline_parallel_size: int = 1
     enable_expert_parallel: bool = False
     expert_placement_strategy: str = "linear"
+    worker_cls: str = "auto"
+    worker_extension_cls: str = ""
 
     def __post_init__(self) -> None:
         _whole("data_parallel_size", self.data_parallel_size, 1, 4096)

@@ -157,6 +157,8 @@ def _worker_config(config: EngineConfig, folder: Path, max_model_len: int, num_r
         seed=config.seed,
         local_ranks=num_ranks,
         fault_injection=config.fault_injection,
+        worker_cls=config.parallel.worker_cls,
+        worker_extension_cls=config.parallel.worker_extension_cls,
     )
 
 

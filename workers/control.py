@@ -23,6 +23,7 @@ import zmq
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import EngineClosed, ErrorInfo, ProtocolError
 from drumline.protocol.messages import (
+    CONTROL_METHODS,
     PROTOCOL_VERSION,
     BeatWorker,
     Call,
@@ -231,7 +232,7 @@ class Control:
             self._welcome(message)
         elif message.term < self._term:
             self._stale += 1
-        elif isinstance(message, Call) and message.method in ("ping", "stats"):
+        elif isinstance(message, Call) and message.method in CONTROL_METHODS:
             self._answer(message)
         else:
             if isinstance(message, Shutdown):

@@ -1,8 +1,8 @@
 """What may be called on a rank by name, with which arguments, and what goes back.
 
-Callable are methods marked :func:`remote`, and the public methods that a user's worker class or extension class defines;
-nothing else is. Arguments come as msgpack, are bound to the signature and decoded by each parameter's annotation, with
-no conversion that msgpack does not know. All of it is checked before the method runs.
+Callable are methods marked :func:`remote`, and the public methods that a user's worker class or extension class
+defines; nothing else is. Arguments come as msgpack, are bound to the signature and decoded by each parameter's
+annotation, with no conversion that msgpack does not know. All of it is checked before the method runs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 import msgspec
 
 from drumline.protocol.errors import DrumlineError, ErrorInfo, InvalidConfig, InvalidRequest
+from drumline.protocol.messages import CONTROL_METHODS
 
-CONTROL_METHODS = ("ping", "stats")
-"""Answered by the control thread while a step runs; a class of a user's may not define them."""
 MAX_RESULT_BYTES = 8 << 20
 MAX_TEXT_CHARACTERS = 8_000
 MAX_TRACE_CHARACTERS = 32_000

@@ -6,7 +6,8 @@ import importlib
 from typing import TypeVar
 
 from drumline.protocol.errors import InvalidConfig
-from drumline.workers.remote_methods import CONTROL_METHODS, free_names
+from drumline.protocol.messages import CONTROL_METHODS
+from drumline.workers.remote_methods import free_names
 
 W = TypeVar("W")
 

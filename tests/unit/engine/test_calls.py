@@ -88,7 +88,7 @@ def test_calls_are_bounded_and_checked() -> None:
         _, (last,) = opened(calls, ranks=1)
     # Giving up does not free a place: the rank still has to answer.
     calls.expire(100.0)
-    full = calls.open(1, CallRanks(1, "ping", b"", 5.0), {0: 1}, 0.0)
+    full = calls.open(1, CallRanks(1, "ping", b"", 5.0), {0: 3}, 0.0)
     assert isinstance(full, ErrorInfo)
     assert (full.kind, full.rank) == ("queue_full", 0)
     calls.answer(reply(last, 0))

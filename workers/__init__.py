@@ -5,20 +5,24 @@ For classes that extend a rank: ``from drumline.workers import Worker, remote``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from drumline.workers.remote_methods import remote
-
-if TYPE_CHECKING:
-    from drumline.workers.worker import Worker as Worker
+from typing import TYPE_CHECKING
 
 __all__ = ["Worker", "remote"]
 
+if TYPE_CHECKING:
+    from drumline.workers.remote_methods import remote
+    from drumline.workers.worker import Worker
+else:
 
-def __getattr__(name: str) -> Any:
-    # Imported when it is asked for: it needs torch, and a rank's control thread runs before torch is there.
-    if name == "Worker":
-        from drumline.workers.worker import Worker
+    def __getattr__(name: str) -> object:
+        # Imported when asked for: a rank's control thread runs before torch is loaded, and the forkserver sets
+        # variables that numpy reads when it is.
+        if name == "Worker":
+            from drumline.workers.worker import Worker
 
-        return Worker
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return Worker
+        if name == "remote":
+            from drumline.workers.remote_methods import remote
+
+            return remote
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -112,7 +112,7 @@ class _Method:
 
     @property
     def _shown(self) -> str:
-        return f"{self._name}{self._signature}"
+        return f"{self._name}{_readable(self._signature)}"
 
     def _unpacked(self, args: bytes) -> tuple[tuple[msgspec.Raw, ...], dict[str, msgspec.Raw]]:
         if not args:
@@ -133,7 +133,7 @@ class _Method:
             found = f"a parameter of type {error}"
             raise InvalidRequest(name, found, f"an annotation of {_PLAIN}", f"{self._name}: {name}: {found}") from None
         except (msgspec.MsgspecError, RecursionError) as error:
-            found, valid = f"{_shown_value(value)} ({error})", str(parameter)
+            found, valid = f"{_shown_value(value)} ({error})", str(_unquoted(parameter))
             text = f"{self._name}: {name}: found {found}; valid: {valid}"
             raise InvalidRequest(name, found, valid, text) from None
 
@@ -209,6 +209,28 @@ def _encoded(value: object, method: str) -> bytes:
         found = f"{len(packed)} bytes of msgpack"
         raise InvalidRequest(f"the result of {method}", found, f"at most {MAX_RESULT_BYTES} bytes")
     return packed
+
+
+class _Words(str):
+    """An annotation that is written as a string, shown without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _unquoted(parameter: inspect.Parameter) -> inspect.Parameter:
+    said = parameter.annotation
+    return parameter.replace(annotation=_Words(said)) if isinstance(said, str) else parameter
+
+
+def _readable(signature: inspect.Signature) -> inspect.Signature:
+    said = signature.return_annotation
+    return signature.replace(
+        parameters=[_unquoted(one) for one in signature.parameters.values()],
+        return_annotation=_Words(said) if isinstance(said, str) else said,
+    )
 
 
 def _shown_value(value: msgspec.Raw) -> str:

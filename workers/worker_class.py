@@ -41,9 +41,11 @@ def worker_class(base: type[W], worker_cls: str, worker_extension_cls: str) -> t
     name = f"{cls.__name__}With{extension.__name__}"
     try:
         return type(name, (extension, cls), {"__module__": cls.__module__, "_drumline_extension": extension})
-    except TypeError as error:
+    except Exception as error:  # whatever the extension's metaclass or __init_subclass__ has against it
         valid = f"a class that can be mixed into {cls.__name__}"
-        raise InvalidConfig("worker_extension_cls", f"{worker_extension_cls}: {error}", valid) from error
+        raise InvalidConfig(
+            "worker_extension_cls", f"{worker_extension_cls} ({type(error).__name__}: {error})", valid
+        ) from error
 
 
 def _clashes(extension: type, cls: type) -> list[str]:

@@ -38,6 +38,9 @@ soak: $(SOAKS)  ## each soak-* target for MINUTES
 soak-sim: $(STAMP)
 	$(BIN)/python -m tests.simulation.soak --minutes $(MINUTES)
 
+soak-rpc: $(STAMP)
+	$(BIN)/python -m tests.simulation.rank_calls --minutes $(MINUTES)
+
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("drumline needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

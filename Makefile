@@ -41,6 +41,9 @@ soak-sim: $(STAMP)
 soak-stateless: $(STAMP)  ## at least 200,000 calls, whatever MINUTES says
 	$(BIN)/python -m tests.unit.protocol.soak_stateless --operations 100000 --minutes $(MINUTES)
 
+soak-rpc: $(STAMP)
+	$(BIN)/python -m tests.simulation.rank_calls --minutes $(MINUTES)
+
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("drumline needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

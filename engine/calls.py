@@ -15,6 +15,8 @@ MAX_UNANSWERED = 8
 """Calls that a rank may owe answers to, given up ones included: what waits in a rank waits beside its steps."""
 MAX_TIMEOUT_S = 3600.0
 MAX_METHOD_CHARACTERS = 100
+MAX_RESULTS_BYTES = 48 << 20
+"""Of all ranks together: they travel to the client in one frame."""
 
 
 @dataclass(slots=True)
@@ -30,8 +32,22 @@ class OpenCall:
     answers: dict[int, RankAnswer] = field(default_factory=dict)
 
     def result(self) -> CallRanksResult:
-        """The answers so far, by ascending rank, under the id that the client gave."""
-        return CallRanksResult(self.client_call_id, tuple(answer for _, answer in sorted(self.answers.items())))
+        """The answers so far, by ascending rank, under the id that the client gave. Values beyond what one frame
+        holds, counted from the lowest rank, are errors."""
+        answers: list[RankAnswer] = []
+        room = MAX_RESULTS_BYTES
+        for rank, answer in sorted(self.answers.items()):
+            room -= len(answer.value)
+            if room < 0:
+                text = (
+                    f"the result of rank {rank} has {len(answer.value)} bytes of msgpack; the results of all ranks "
+                    f"together may have {MAX_RESULTS_BYTES}"
+                )
+                error = ErrorInfo(kind="invalid_request", text=text, rank=rank, field=f"the result of {self.method}")
+                answers.append(RankAnswer(rank, False, b"", error))
+            else:
+                answers.append(answer)
+        return CallRanksResult(self.client_call_id, tuple(answers))
 
 
 class RankCalls:
@@ -41,8 +57,16 @@ class RankCalls:
         self._term = term
         self._next_id = 1
         self._by_id: dict[int, OpenCall] = {}
-        self._unanswered: dict[int, int] = {}
+        self._owed: dict[int, tuple[int, set[int]]] = {}
         self.late_replies = 0
+
+    def __len__(self) -> int:
+        """Calls to single ranks that somebody waits for."""
+        return len(self._by_id)
+
+    def owed(self, rank: int) -> int:
+        """Calls that ``rank`` has yet to answer, whether or not somebody still waits for them."""
+        return len(self._owed[rank][1]) if rank in self._owed else 0
 
     @property
     def next_deadline(self) -> float | None:
@@ -57,8 +81,8 @@ class RankCalls:
             return _refusal("method", message.method[:200], f"a name of 1 to {MAX_METHOD_CHARACTERS} characters")
         if not 0.0 < message.timeout_s <= MAX_TIMEOUT_S:
             return _refusal("timeout_s", repr(message.timeout_s), f"above 0, at most {MAX_TIMEOUT_S:g}")
-        for rank in epochs:
-            if self._unanswered.get(rank, 0) >= MAX_UNANSWERED:
+        for rank, epoch in epochs.items():
+            if len(self._owed_in(rank, epoch)) >= MAX_UNANSWERED:
                 text = f"rank {rank} has {MAX_UNANSWERED} calls to answer, the most it may have"
                 return ErrorInfo(kind="queue_full", text=text, retryable=True, rank=rank)
         call = OpenCall(connection, message.call_id, message.method, now + message.timeout_s, message.timeout_s)
@@ -68,13 +92,21 @@ class RankCalls:
             self._next_id += 1
             call.waiting[call_id] = rank
             self._by_id[call_id] = call
-            self._unanswered[rank] = self._unanswered.get(rank, 0) + 1
+            self._owed_in(rank, epoch).add(call_id)
             sends.append((rank, Call(self._term, epoch, call_id, message.method, message.args)))
         return call, sends
 
+    def _owed_in(self, rank: int, epoch: int) -> set[int]:
+        """The calls that ``rank`` owes. It answers none of an older epoch any more, so those do not count."""
+        entry = self._owed.get(rank)
+        if entry is None or entry[0] != epoch:
+            entry = self._owed[rank] = (epoch, set())
+        return entry[1]
+
     def answer(self, message: CallResult) -> OpenCall | None:
         """A rank answered. Returns the call if that completes it."""
-        self._unanswered[message.rank] = max(self._unanswered.get(message.rank, 0) - 1, 0)
+        _, owed = self._owed.get(message.rank, (0, set[int]()))
+        owed.discard(message.call_id)
         call = self._by_id.get(message.call_id)
         if call is None or call.waiting.get(message.call_id) != message.rank:
             self.late_replies += 1
@@ -84,7 +116,7 @@ class RankCalls:
 
     def unreachable(self, rank: int, text: str) -> list[OpenCall]:
         """``rank`` will not answer to anything. Returns the calls that this completes."""
-        self._unanswered.pop(rank, None)
+        self._owed.pop(rank, None)
         lost = [(call_id, call) for call_id, call in self._by_id.items() if call.waiting.get(call_id) == rank]
         error = ErrorInfo(kind="request_failed", text=text, rank=rank)
         done = [self._settle(call, call_id, RankAnswer(rank, False, b"", error)) for call_id, call in lost]

@@ -291,8 +291,13 @@ class AsyncEngine:
         kwargs: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> list[RankReply]:
-        """Runs a control call ("ping", "stats") on every rank; replies by rank. Arguments are what msgpack can carry.
-        A rank that fails or does not answer within ``timeout`` seconds (5) has ``ok`` False and says why."""
+        """Runs a method on every rank, between steps ("ping" and "stats" also within one); replies by rank.
+
+        Callable are the worker's own ("expert_load") and the public methods of ``worker_cls`` and
+        ``worker_extension_cls``. Arguments are what msgpack can carry, of the types that the method's annotations ask
+        for; so are results. A rank that refuses, fails or does not answer within ``timeout`` seconds (5) has ``ok``
+        False and an ``error`` that says why; a call that was given up still runs to its end there.
+        """
         connection, _ = self._require_ready()
         name, limit, packed = check_method(method), check_timeout(timeout), pack_arguments(args, kwargs)
         result = await connection.call(

@@ -50,7 +50,7 @@ def rank_reply(answer: RankAnswer) -> RankReply:
     """What one rank answered, decoded."""
     try:
         value = msgspec.msgpack.decode(answer.value) if answer.value else None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
         text = f"the reply of rank {answer.rank} does not decode: {error}"
         return RankReply(answer.rank, ok=False, error=ErrorInfo(kind="protocol", text=text, rank=answer.rank))
     return RankReply(answer.rank, answer.ok, value, answer.error)

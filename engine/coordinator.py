@@ -248,7 +248,7 @@ class Coordinator:
         if not sends:
             self.clients.connections.reply(connection, call.result())
         for rank, one in sends:
-            if not self.workers.send(rank, one):
+            if not self.workers.send_call(rank, one, message.timeout_s, now):
                 for done in self._calls.unreachable(rank, f"rank {rank} cannot be reached"):
                     self._answer(done.connection, done.result())
         self._wake.set()

@@ -104,7 +104,11 @@ class Supervisor:
     def _start(self) -> None:
         # The forkserver first: importing torch is what a start waits for.
         self._forkserver = Forkserver(
-            self._loop, on_spawned=self._say, on_exited=self._say, on_lost=lambda text: self._fail(text)
+            self._loop,
+            on_spawned=self._say,
+            on_exited=self._say,
+            on_lost=lambda text: self._fail(text),
+            import_path=self._order.import_path,
         )
         if self._order.with_coordinator:
             self._coordinator = OwnedProcess(

@@ -31,7 +31,9 @@ from drumline.engine.resolve import ResolvedConfig
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
+    CONTROL_METHODS,
     Beat,
+    Call,
     CallResult,
     Exited,
     FromWorkerSide,
@@ -49,8 +51,9 @@ from drumline.protocol.sockets import Router, SendResult
 BEAT_S = 0.9
 HWM = 1024
 MAX_FRAME_BYTES = 64 << 20
-MAX_HEAD_BYTES = 4 << 20
-"""Arrays travel in frames of their own; what is decoded from the first one may take many times its size in memory."""
+MAX_HEAD_BYTES = 9 << 20
+"""Room for the result of a control call. Arrays travel in frames of their own; what is decoded from the first one may
+take many times its size in memory."""
 
 
 class EngineEvents(Protocol):
@@ -126,6 +129,7 @@ class WorkerPort:
                 self._step_done(peer, message, now)
             elif isinstance(message, CallResult):
                 if self.membership.accepts(peer, message):
+                    self.clocks[self._group_of[message.rank]].answered(message.call_id, now)
                     self._events.call_result(message)
             elif isinstance(message, HelloSupervisor):
                 self._carry_out(self.membership.supervisor_hello(peer, message, now))
@@ -238,6 +242,12 @@ class WorkerPort:
         tokens = int(step.num_tokens_across_dp.max()) if len(step.num_tokens_across_dp) else 0
         self.clocks[group].sent(rank, step.step, tokens, now)
         self.send(rank, step)
+
+    def send_call(self, rank: int, call: Call, timeout_s: float, now: float) -> bool:
+        """Send a control call, whose time is no step's. Returns whether it was sent."""
+        if call.method not in CONTROL_METHODS:
+            self.clocks[self._group_of[rank]].called(rank, call.call_id, timeout_s, now)
+        return self.send(rank, call)
 
     def _to_owner(self, message: ToSupervisor) -> None:
         owner = self.membership.owner

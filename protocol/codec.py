@@ -75,8 +75,9 @@ class Codec(Generic[T]):
     """Encodes and decodes the messages of one union, ``union`` being e.g. ``messages.ToWorker``.
 
     Made once and kept: building the decoder walks every type. Safe to use from several threads. ``max_head_bytes``
-    limits the first frame alone (default: as the others). Objects decoded from it can take up to some 70 times its
-    bytes, arrays in frames of their own take nothing more, so a side that strangers write to does well to set it low.
+    limits the first frame of what is decoded (default: as the others). Objects decoded from it can take up to some 70
+    times its bytes, arrays in frames of their own take nothing more, so a side that strangers write to does well to set
+    it low.
     """
 
     def __init__(
@@ -111,7 +112,8 @@ class Codec(Generic[T]):
         frames: list[Frame] = [head]
         if self._outgoing:
             frames += self._outgoing.pop(get_ident(), ())
-        over = self._oversized(frames)
+        # The limit of the first frame is this side's; what is encoded here is decoded by another.
+        over = self._oversized(frames, self.max_frame_bytes)
         if over is not None:
             raise ProtocolError(f"{type(message).__name__} makes {over}")
         return frames
@@ -120,7 +122,7 @@ class Codec(Generic[T]):
         """The message in ``frames``; arrays are read-only and may share their memory. Raises DecodeError only."""
         if not 1 <= len(frames) <= self.max_frames:
             raise DecodeError("frames", f"{len(frames)} frames; 1 to {self.max_frames} are allowed")
-        over = self._oversized(frames)
+        over = self._oversized(frames, self.max_head_bytes)
         if over is not None:
             raise DecodeError("oversized", over)
         try:
@@ -130,8 +132,7 @@ class Codec(Generic[T]):
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
             raise DecodeError("malformed", f"a frame that does not decode: {error}") from error
 
-    def _oversized(self, frames: Sequence[Frame]) -> str | None:
-        limit = self.max_head_bytes
+    def _oversized(self, frames: Sequence[Frame], limit: int) -> str | None:
         for frame in frames:
             if len(frame) > limit:
                 return f"a frame of {len(frame)} bytes; the limit is {limit}"

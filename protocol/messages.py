@@ -200,8 +200,12 @@ class Step(Message, frozen=True, tag=4):
     lane: int = 0
 
 
+CONTROL_METHODS = ("ping", "stats")
+"""Control calls that a rank's control thread answers while a step runs; all others run between steps."""
+
+
 class Call(Message, frozen=True, tag=5):
-    """A control call to one rank: ``ping`` and ``stats`` are answered by the control thread while a step runs."""
+    """A control call to one rank. ``args``: msgpack of (positional arguments, arguments by name), or nothing."""
 
     term: int
     epoch: int

@@ -23,6 +23,7 @@ import zmq
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import EngineClosed, ErrorInfo, ProtocolError
 from drumline.protocol.messages import (
+    CONTROL_METHODS,
     PROTOCOL_VERSION,
     BeatWorker,
     Call,
@@ -36,6 +37,7 @@ from drumline.protocol.messages import (
     Step,
     ToWorker,
     WelcomeWorker,
+    WorkerConfig,
 )
 from drumline.protocol.sockets import SendResult, ThreadDealer
 from drumline.workers.abort import AbortFlag
@@ -87,6 +89,8 @@ class Control:
         self._term = -1
         self._newest = (-1, -1)
         self._welcomed = False
+        self._config: WorkerConfig | None = None
+        self._config_known = threading.Event()
         self._beat_interval = 1.0
         self._next_beat = 0.0
         self._exit_at: float | None = None
@@ -98,6 +102,12 @@ class Control:
         self._thread.start()
 
     # ------------------------------------------------------------------------------------------- on the main thread
+
+    def await_config(self) -> WorkerConfig | None:
+        """The configuration that comes with the Welcome, which stays in the inbox; None when the engine ends first.
+        Without a Welcome the control thread ends the process within ``WELCOME_DEADLINE_S``."""
+        self._config_known.wait(WELCOME_DEADLINE_S + SHUTDOWN_GRACE_S)
+        return self._config
 
     def send(self, message: FromWorker) -> None:
         """Have ``message`` sent. Waits at most 5 s for room, of which there is plenty while the coordinator reads.
@@ -222,12 +232,13 @@ class Control:
             self._welcome(message)
         elif message.term < self._term:
             self._stale += 1
-        elif isinstance(message, Call) and message.method in ("ping", "stats"):
+        elif isinstance(message, Call) and message.method in CONTROL_METHODS:
             self._answer(message)
         else:
             if isinstance(message, Shutdown):
                 self._exit_at = time.monotonic() + SHUTDOWN_GRACE_S
                 self.abort.abort_all(f"shutdown {message.reason}".rstrip())
+                self._config_known.set()
             elif isinstance(message, OpenStore | Configure) and (message.term, message.epoch) > self._newest:
                 self._newest = (message.term, message.epoch)
                 self.abort.abort_before(*self._newest, f"epoch {self._newest} begins")
@@ -245,6 +256,8 @@ class Control:
         self._term = message.term
         self._beat_interval = message.config.beat_interval_s
         self._hand_over(message)
+        self._config = message.config
+        self._config_known.set()
 
     def _hand_over(self, message: ToWorker) -> None:
         if self.inbox.qsize() < INBOX_LIMIT or isinstance(message, Shutdown):

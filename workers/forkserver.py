@@ -252,11 +252,14 @@ def preload() -> StartWorker:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="drumline.workers.forkserver", description=__doc__.splitlines()[0])
     parser.add_argument("--lifeline-fd", type=int, default=None, help="read end of the owner's lifeline pipe")
+    parser.add_argument("--import-path", action="append", default=[], help="an entry that comes first in sys.path")
     options = parser.parse_args(arguments)
     lifeline_fd = None if options.lifeline_fd is None else lifeline.arm(options.lifeline_fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sleep_while_waiting()
     start = preload()
+    # After the imports of our own, which another folder's module must not take the place of.
+    sys.path[:] = [*options.import_path, *(entry for entry in sys.path if entry not in options.import_path)]
     if lifeline_fd is not None:
         lifeline.disarm(lifeline_fd)  # from here on the loop sees it, and kills the children too
     gc.collect()

@@ -13,6 +13,7 @@ import os
 import sys
 import uuid
 
+from drumline.protocol.errors import DrumlineError
 from drumline.protocol.messages import Fault
 from drumline.workers import lifeline
 from drumline.workers.control import Control, Identity
@@ -36,10 +37,18 @@ def start_worker(rank: int, endpoint: str, token: str, lifeline_fd: int | None) 
     control.start()
     try:
         from drumline.workers.worker import Worker
+        from drumline.workers.worker_class import worker_class
 
-        code = Worker(control).run()
+        cls: type[Worker] = Worker
+        config = control.await_config()
+        if config is not None:  # else the engine ends already, and the main thread is told so in its turn
+            cls = worker_class(Worker, config.worker_cls, config.worker_extension_cls)
+        code = cls(control).run()
     except BaseException as error:
-        log.critical("the main thread failed", exc_info=error)
+        if isinstance(error, DrumlineError):
+            log.critical("the main thread failed: %s", error.text)
+        else:
+            log.critical("the main thread failed", exc_info=error)
         at = control.progress.position
         control.send(Fault(at.term, at.epoch, rank, describe(error, control.identity, at)))
         code = 1

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from drumline.protocol.codec import config_digest
-from drumline.protocol.errors import DrumlineError, ErrorInfo, InvalidRequest, ProtocolError
+from drumline.protocol.errors import DrumlineError, ErrorInfo, ProtocolError
 from drumline.protocol.layout import Layout
 from drumline.protocol.messages import (
     Call,
@@ -42,6 +42,7 @@ from drumline.workers.fence import Fence
 from drumline.workers.groups import GroupCoordinator, GroupPlace, GroupTimeout, PeerLost, form_group
 from drumline.workers.held_bytes import held_bytes
 from drumline.workers.model_runner import ModelRunner
+from drumline.workers.remote_methods import RemoteMethods, failure, remote
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,16 @@ SMALL_MODEL_BYTES = 64 << 20
 
 # An epoch that could not be formed is no fault of this process: it stays, with its weights, for the next one.
 _EPOCH_ERRORS = (StoreError, PeerLost, GroupTimeout, ProtocolError)
+# After any of these a group is of no use, whoever called it.
+_GROUP_ERRORS = (EpochAborted, PeerLost, GroupTimeout)
 
 
 class Worker:
-    """One rank. :meth:`run` obeys the coordinator until it says Shutdown."""
+    """One rank. :meth:`run` obeys the coordinator until it says Shutdown.
+
+    A user's class may extend it (``worker_cls``, ``worker_extension_cls``); in its methods ``rank``, ``config`` and
+    ``model_runner`` may be relied on, names with an underscore may not.
+    """
 
     def __init__(self, control: Control) -> None:
         self._control = control
@@ -75,6 +82,7 @@ class Worker:
             Step: self._step,
             Call: self._call,
         }
+        self._remote = RemoteMethods(self, Worker)
 
     def run(self) -> int:
         """Returns the exit code: 0 after Shutdown, 1 when the model could not be loaded."""
@@ -210,15 +218,47 @@ class Worker:
             StepDone(step.term, step.epoch, self._me.rank, step.step, out.tokens, out.logprob_index, out.logprobs)
         )
 
+    # ---------------------------------------------------------------------------------------------- control calls
+
+    @property
+    def rank(self) -> int:
+        """The global rank."""
+        return self._me.rank
+
+    @property
+    def config(self) -> WorkerConfig:
+        """What the engine told this rank. Raises ProtocolError before it has."""
+        return self._known_config()
+
+    @property
+    def model_runner(self) -> ModelRunner:
+        """The model with its KV cache, batch table and sampler. Raises ProtocolError before it is loaded."""
+        return self._loaded()
+
+    @remote
+    def expert_load(self) -> list[list[int]]:
+        """Tokens computed by each expert slot of this rank, (moe_layers, slots), since it was loaded."""
+        return self._loaded().expert_load.tolist()
+
     def _call(self, call: Call) -> None:
+        """Run a method between steps and answer. What the method raises is its caller's business, not a fault."""
         if self._fence.is_stale(call.term, call.epoch):
             return
-        error: ErrorInfo | None = None
-        value = b""
-        if call.method == "expert_load":
-            value = msgspec.msgpack.encode(self._loaded().expert_load.tolist())
+        try:
+            value = self._remote.call(call.method, call.args)
+        except Exception as error:
+            at = self._progress.position
+            me = self._me
+            info = msgspec.structs.replace(
+                failure(error), rank=me.rank, incarnation=me.incarnation, epoch=call.epoch, step=at.step
+            )
+            self._answer_call(call, b"", info)
+            if isinstance(error, _GROUP_ERRORS):
+                raise
         else:
-            error = InvalidRequest("method", call.method, "ping, stats, expert_load").info
+            self._answer_call(call, value, None)
+
+    def _answer_call(self, call: Call, value: bytes, error: ErrorInfo | None) -> None:
         self._control.send(CallResult(call.term, call.epoch, call.call_id, self._me.rank, error is None, value, error))
 
     # -------------------------------------------------------------------------------------------------------- faults

@@ -3,7 +3,9 @@
 The limit for a step is ``max(2, 10 x recent median)`` seconds, where the median is taken of whole steps and, because a
 prefill may hold hundreds of times the tokens of a decode, also of seconds per token. The first steps of an epoch run
 under a lease: memory is touched and kernels are chosen there. Time counts from when the step could begin: it was sent,
-and the step before it was done.
+and the step before it was done. Control calls run between steps: until a rank has answered one, the steps behind it
+cannot begin, and that time does not count for as long as the call's lease runs: its timeout, or that of first steps
+where it is longer, because a call that was given up still runs to its end.
 """
 
 from __future__ import annotations
@@ -24,12 +26,22 @@ WINDOW = 64
 
 @dataclass(slots=True)
 class OpenStep:
-    """A step in flight: the ranks that have not replied, and the most tokens that any of them computes in it."""
+    """A step in flight: the ranks that have not replied, and the most tokens that any of them computes in it.
+    ``begins_at``: when it could begin at the earliest, as far as steps before it do not say more."""
 
     step: int
-    sent_at: float
+    begins_at: float
     waiting: set[int]
     tokens: int
+
+
+@dataclass(slots=True)
+class OpenCall:
+    """A control call that ``rank`` has not answered, sent behind step ``behind`` under a lease that runs ``until``."""
+
+    rank: int
+    behind: int
+    until: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +60,8 @@ class GroupClock:
     def __init__(self, setting_s: float | None) -> None:
         self._setting_s = setting_s
         self._open: deque[OpenStep] = deque()
+        self._calls: dict[int, OpenCall] = {}
+        self._sent = -1
         self._seconds: deque[float] = deque(maxlen=WINDOW)
         self._per_token: deque[float] = deque(maxlen=WINDOW)
         self._done = 0
@@ -59,9 +73,32 @@ class GroupClock:
         if last is None or last.step != step:
             last = OpenStep(step, now, set(), 0)
             self._open.append(last)
+            self._sent = step
         last.waiting.add(rank)
         if tokens > last.tokens:
             last.tokens = tokens
+
+    def called(self, rank: int, call_id: int, timeout_s: float, now: float) -> None:
+        """A control call was sent to ``rank``, which runs it once it has run the steps that were sent before."""
+        self._calls[call_id] = OpenCall(rank, self._sent, now + max(timeout_s, LEASE_S))
+
+    def answered(self, call_id: int, now: float) -> None:
+        """The rank answered the call: the steps behind it can begin."""
+        call = self._calls.pop(call_id, None)
+        if call is None:
+            return
+        freed_at = min(now, call.until)
+        for entry in self._open:
+            if entry.step > call.behind:
+                entry.begins_at = max(entry.begins_at, freed_at)
+
+    def _begins_at(self, entry: OpenStep, now: float) -> float:
+        """When ``entry`` could begin: now at the earliest while a rank runs a call that is ahead of it."""
+        begins_at = max(entry.begins_at, self._done_at)
+        for call in self._calls.values():
+            if call.behind < entry.step and call.rank in entry.waiting:
+                begins_at = max(begins_at, min(now, call.until))
+        return begins_at
 
     def owes(self, rank: int, step: int) -> bool:
         """Whether ``step`` is the oldest that ``rank`` has not replied to; replies come in order."""
@@ -72,6 +109,8 @@ class GroupClock:
 
     def done(self, rank: int, step: int, now: float) -> bool:
         """``rank`` replied to ``step``. Whether that was the last reply to it."""
+        if self._calls:
+            self._calls = {i: c for i, c in self._calls.items() if c.rank != rank or c.behind >= step}
         for entry in self._open:
             if entry.step == step:
                 entry.waiting.discard(rank)
@@ -84,7 +123,7 @@ class GroupClock:
     def _close_first(self, now: float) -> None:
         while self._open and not self._open[0].waiting:
             entry = self._open.popleft()
-            took = now - max(entry.sent_at, self._done_at)
+            took = now - max(entry.begins_at, self._done_at)
             self._done_at = now
             self._done += 1
             if took > 0:
@@ -94,6 +133,8 @@ class GroupClock:
     def forget(self) -> None:
         """A new epoch: nothing is in flight and the lease runs again."""
         self._open.clear()
+        self._calls.clear()
+        self._sent = -1
         self._done = 0
 
     @property
@@ -105,7 +146,7 @@ class GroupClock:
         """Seconds since the oldest step that ``rank`` has not answered could begin; 0.0 without one."""
         for entry in self._open:
             if rank in entry.waiting:
-                return max(now - max(entry.sent_at, self._done_at), 0.0)
+                return max(now - self._begins_at(entry, now), 0.0)
         return 0.0
 
     def limit_s(self, tokens: int) -> float:
@@ -124,7 +165,7 @@ class GroupClock:
         if not self._open:
             return None
         entry = self._open[0]
-        waited = now - max(entry.sent_at, self._done_at)
+        waited = now - self._begins_at(entry, now)
         limit = self.limit_s(entry.tokens)
         if waited <= limit:
             return None

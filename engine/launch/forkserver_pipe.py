@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -62,7 +62,8 @@ class ReportReader:
 class Forkserver:
     """The forkserver process and its workers. The callbacks run in the loop.
 
-    ``on_lost(text)``: it ended or broke its protocol, without having been closed.
+    ``on_lost(text)``: it ended or broke its protocol, without having been closed. ``import_path``: what comes first in
+    the workers' ``sys.path``.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Forkserver:
         on_spawned: Callable[[Spawned], None],
         on_exited: Callable[[Exited], None],
         on_lost: Callable[[str], None],
+        import_path: Sequence[str] = (),
     ) -> None:
         self._on_spawned = on_spawned
         self._on_exited = on_exited
@@ -87,7 +89,7 @@ class Forkserver:
             self.process = OwnedProcess(
                 loop,
                 "drumline.workers.forkserver",
-                ["--lifeline-fd", str(read_end)],
+                ["--lifeline-fd", str(read_end), *(f"--import-path={entry}" for entry in import_path)],
                 on_output=self._output,
                 on_exit=self._ended,
                 pass_fds=(read_end,),

@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,7 @@ async def start_local(config: EngineConfig, on_event: Callable[[Event], None] | 
                 supervisor_token=secrets.token_urlsafe(24),
                 owner_pid=os.getpid(),
                 with_coordinator=not config.inline,
+                import_path=import_path(),
             )
         )
     except BaseException:
@@ -152,6 +154,12 @@ async def start_local(config: EngineConfig, on_event: Callable[[Event], None] | 
     if on_event is not None:
         on_event(Event("starting", f"supervisor (pid {engine.supervisor_pid}) is started"))
     return engine
+
+
+def import_path() -> tuple[str, ...]:
+    """The folders and archives of this process's ``sys.path``, absolute: another process may stand elsewhere."""
+    entries = [str(Path(entry).absolute()) for entry in sys.path if isinstance(entry, str)]
+    return tuple(dict.fromkeys(entry for entry in entries if _is_text(entry)))
 
 
 def make_runtime_dir() -> str:

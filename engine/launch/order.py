@@ -27,7 +27,8 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What supervisor and coordinator must know. ``supervisor_token`` is what the supervisor shows in its Hello.
 
     ``owner_pid``: the process whose death ends everything. ``with_coordinator``: False when the coordinator runs in the
-    app (inline), so that the supervisor starts only workers.
+    app (inline), so that the supervisor starts only workers. ``import_path``: the app's ``sys.path``, so that ranks can
+    import the classes that the app names.
     """
 
     config: EngineConfig
@@ -38,6 +39,7 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     owner_pid: int
     with_coordinator: bool = True
     term: int = 1
+    import_path: tuple[str, ...] = ()
 
 
 class Report(msgspec.Struct, frozen=True):

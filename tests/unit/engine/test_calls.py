@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from drumline.engine.calls import MAX_UNANSWERED, OpenCall, RankCalls
+from drumline.engine.calls import MAX_RESULTS_BYTES, MAX_UNANSWERED, OpenCall, RankCalls
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import Call, CallRanks, CallRanksResult, CallResult, RankAnswer
 
@@ -88,8 +88,58 @@ def test_calls_are_bounded_and_checked() -> None:
         _, (last,) = opened(calls, ranks=1)
     # Giving up does not free a place: the rank still has to answer.
     calls.expire(100.0)
-    full = calls.open(1, CallRanks(1, "ping", b"", 5.0), {0: 1}, 0.0)
+    full = calls.open(1, CallRanks(1, "ping", b"", 5.0), {0: 3}, 0.0)
     assert isinstance(full, ErrorInfo)
     assert (full.kind, full.rank) == ("queue_full", 0)
     calls.answer(reply(last, 0))
     opened(calls, ranks=1)
+
+
+def test_late_answers_free_the_places_of_calls_that_were_given_up() -> None:
+    calls = RankCalls(TERM)
+    sent = [opened(calls, now=0.0)[1] for _ in range(MAX_UNANSWERED)]
+    assert len(calls.expire(5.0)) == MAX_UNANSWERED
+    assert (len(calls), calls.owed(0), calls.owed(1)) == (0, MAX_UNANSWERED, MAX_UNANSWERED)
+    for first, second in sent:
+        calls.answer(reply(first, 0))
+        calls.answer(reply(second, 1))
+    assert (calls.owed(0), calls.owed(1), calls.late_replies) == (0, 0, 2 * MAX_UNANSWERED)
+    call, (first, second) = opened(calls, now=6.0)
+    assert calls.answer(reply(first, 0)) is None
+    assert calls.answer(reply(second, 1)) is call
+
+
+def test_an_answer_that_was_not_owed_frees_nothing() -> None:
+    calls = RankCalls(TERM)
+    _, (first, second) = opened(calls)
+    calls.answer(reply(second, 0))
+    calls.answer(reply(first, 1))
+    assert (calls.owed(0), calls.owed(1)) == (1, 1)
+    calls.answer(reply(first, 0))
+    calls.answer(reply(first, 0))
+    assert (calls.owed(0), calls.owed(1), calls.late_replies) == (0, 1, 3)
+
+
+def test_a_rank_owes_nothing_of_an_older_epoch() -> None:
+    calls = RankCalls(TERM)
+    for _ in range(MAX_UNANSWERED):
+        opened(calls, ranks=1)
+    again = calls.open(1, CallRanks(1, "ping", b"", 5.0), {0: 4}, 0.0)
+    assert not isinstance(again, ErrorInfo)
+    assert calls.owed(0) == 1
+
+
+def test_results_that_do_not_fit_one_frame_are_errors_of_their_ranks() -> None:
+    calls = RankCalls(TERM)
+    call, sends = opened(calls, ranks=3)
+    size = MAX_RESULTS_BYTES // 2
+    for rank, one in enumerate(sends):
+        calls.answer(CallResult(TERM, 3, one.call_id, rank, True, bytes(size)))
+    first, second, third = call.result().answers
+    assert (first.ok, second.ok, third.ok, third.value) == (True, True, False, b"")
+    assert third.error is not None
+    assert (third.error.kind, str(size) in third.error.text, str(MAX_RESULTS_BYTES) in third.error.text) == (
+        "invalid_request",
+        True,
+        True,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from drumline.engine.core.liveness import LEASE_S, LEASE_STEPS, GroupClock, furthest_behind
+from drumline.engine.core.liveness import LEASE_S, LEASE_STEPS, LEAST_DEADLINE_S, GroupClock, furthest_behind
 from drumline.engine.core.members import RankRecord
 
 
@@ -109,6 +109,81 @@ def test_a_new_epoch_forgets_what_was_in_flight() -> None:
     assert clock.overdue(now + 10.0) is None
     clock.sent(0, 0, 1, now)
     assert clock.overdue(now + 10.0) is None
+
+
+def test_the_time_of_a_call_is_not_that_of_the_steps_behind_it() -> None:
+    clock = GroupClock(0.5)
+    now = run_steps(clock, LEASE_STEPS, 0.1)
+    for rank in (0, 1):
+        clock.called(rank, 70 + rank, 5.0, now)
+    for rank in (0, 1):
+        clock.sent(rank, 99, 1, now)
+    clock.answered(70, now + 0.1)
+    assert clock.overdue(now + 4.0) is None
+    assert clock.age(0, now + 4.0) == 0.0
+    clock.answered(71, now + 4.0)
+    assert clock.age(0, now + 4.3) == pytest.approx(0.3)
+    assert clock.overdue(now + 4.4) is None
+    overdue = clock.overdue(now + 4.6)
+    assert overdue is not None
+    assert overdue.waited_s == pytest.approx(0.6)
+
+
+def test_a_call_gives_no_time_to_the_steps_ahead_of_it() -> None:
+    clock = GroupClock(0.5)
+    now = run_steps(clock, LEASE_STEPS, 0.1)
+    clock.sent(0, 99, 1, now)
+    clock.called(0, 70, 5.0, now + 0.1)
+    clock.sent(0, 100, 1, now + 0.1)
+    overdue = clock.overdue(now + 0.6)
+    assert overdue is not None
+    assert overdue.step == 99
+
+
+def test_the_lease_of_a_call_ends() -> None:
+    clock = GroupClock(0.5)
+    now = run_steps(clock, LEASE_STEPS, 0.1)
+    clock.called(0, 70, 1.0, now)
+    clock.sent(0, 99, 1, now)
+    assert clock.overdue(now + LEASE_S + 0.4) is None
+    assert clock.overdue(now + LEASE_S + 0.6) is not None
+    clock.answered(70, now + 2 * LEASE_S)
+    assert clock.overdue(now + LEASE_S + 0.6) is not None
+
+
+def test_a_long_timeout_is_a_long_lease() -> None:
+    clock = GroupClock(0.5)
+    now = run_steps(clock, LEASE_STEPS, 0.1)
+    clock.called(0, 70, 10 * LEASE_S, now)
+    clock.sent(0, 99, 1, now)
+    assert clock.overdue(now + 10 * LEASE_S) is None
+    assert clock.overdue(now + 10 * LEASE_S + 0.6) is not None
+
+
+def test_a_call_leaves_the_time_that_steps_take_as_it_was() -> None:
+    clock = GroupClock(None)
+    now = run_steps(clock, LEASE_STEPS, 0.01)
+    for step in range(100, 164):
+        clock.called(0, step, 5.0, now)
+        clock.sent(0, step, 1, now)
+        clock.answered(step, now + 5.0)
+        clock.done(0, step, now + 5.01)
+        now += 5.01
+    assert clock.limit_s(1) == LEAST_DEADLINE_S
+
+
+def test_a_step_that_is_done_means_that_the_call_ahead_of_it_is() -> None:
+    clock = GroupClock(0.5)
+    now = run_steps(clock, LEASE_STEPS, 0.1)
+    clock.called(0, 70, 5.0, now)
+    clock.sent(0, 99, 1, now)
+    clock.done(0, 99, now + 0.1)
+    clock.sent(0, 100, 1, now + 0.1)
+    assert clock.overdue(now + 0.7) is not None
+    clock.called(0, 71, 5.0, now + 0.7)
+    clock.forget()
+    clock.sent(0, 0, 1, now + 0.7)
+    assert clock.age(0, now + 1.0) == pytest.approx(0.3)
 
 
 def test_who_is_furthest_behind_is_blamed_and_who_waits_inside_is_not() -> None:

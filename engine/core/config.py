@@ -6,7 +6,6 @@ import msgspec
 
 from drumline.protocol.errors import InvalidConfig
 
-
 _COUNTS = (
     "max_num_seqs",
     "block_size",

@@ -19,10 +19,10 @@ from drumline.protocol.status import GroupStatus, ReplicaStatus, RequestCounts
 class EngineCore:
     """Requests of all connections over all replicas.
 
-    Replicas are attention replicas. ``num_blocks``: KV blocks of each. ``seed`` is where the seeds of requests without one come from.
-    ``hash_key`` seeds the hashes of the prefix cache: a shell that serves others draws one that nobody can guess.
-    Call :meth:`plan` until it returns nothing after every :meth:`apply` and every :meth:`submit`, send what it returns,
-    then call :meth:`maintain`. Raises :class:`InvalidConfig` unless every replica has blocks.
+    Replicas are attention replicas. ``num_blocks``: KV blocks of each. ``seed`` is where the seeds of requests without
+    one come from. ``hash_key`` seeds the hashes of the prefix cache: a shell that serves others draws one that nobody
+    can guess. Call :meth:`plan` until it returns nothing after every :meth:`apply` and every :meth:`submit`, send what
+    it returns, then call :meth:`maintain`. Raises :class:`InvalidConfig` unless every replica has blocks.
     """
 
     def __init__(self, config: CoreConfig, num_blocks: Ordered[int], term: int, seed: int, hash_key: int = 0) -> None:

@@ -1,7 +1,7 @@
 """Whose turn it is: under pipeline parallelism each row computes only in the steps of its lane, one lane per stage.
 
-Lanes take turns, so that while one lane's step is in a stage, another's fills the stage before. A row's next token needs
-the last one, so rows of one lane alone keep one stage busy at a time: new rows are shared out evenly.
+Lanes take turns, so that while one lane's step is in a stage, another's fills the stage before. A row's next token
+needs the last one, so rows of one lane alone keep one stage busy at a time: new rows are shared out evenly.
 """
 
 from __future__ import annotations

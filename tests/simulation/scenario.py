@@ -53,7 +53,7 @@ def make_scenario(
     dp = rng.choice((1, 1, 2, 4)) if dp is None else dp
     async_scheduling = rng.random() < 0.7 if async_scheduling is None else async_scheduling
     pp = rng.choice((1, 1, 2, 3)) if pp is None else pp
-    attn_dp = rng.choice((1, 1, 2))
+    attn_dp = rng.choice((1, 1, 2)) if dp < 4 else 1
     block_size = rng.choice((1, 2, 3, 4))
     rows = rng.randint(1, 4 + pp)
     context = rng.randint(6, 40)

@@ -25,6 +25,7 @@ from drumline.engine.client_port import ClientPort
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.evidence import Loss
 from drumline.engine.core.members import EpochReady, Loading
+from drumline.engine.core.results import check_acknowledgement
 from drumline.engine.launch.order import Order
 from drumline.engine.resolve import ResolvedConfig, resolve
 from drumline.engine.running_clock import TICK_S, RunningClock
@@ -74,6 +75,9 @@ class Coordinator:
         self._context: zmq.Context[Any] = zmq.Context()
         self._core: EngineCore | None = None
         self._blocks: dict[int, int] = {}
+        layout = self.resolved.layout
+        # By rank: the replica that it answers for.
+        self._answers_for = {layout.reporting_rank(replica): replica for replica in range(layout.num_replicas)}
         self._welcome: WelcomeClient | None = None
         self._tokenizer = self.resolved.read_tokenizer()
         self._calls = RankCalls(order.term)
@@ -211,14 +215,18 @@ class Coordinator:
         if core is None or self._ended.is_set():
             return
         now = self._clock.now()
+        replica = self._answers_for.get(rank)
         try:
-            core.apply(rank, message, now)
+            if replica is not None:
+                core.apply(replica, message, now)
+            else:
+                check_acknowledgement(message)
         except ProtocolError as error:
             self.workers.refused_reply(rank, message.step, error.text)
             return
         if complete:
             self.changed(now)
-        else:
+        elif replica is not None:
             self._send_plans(core, now)
 
     def client_left(self, connection: ClientConnection, now: float) -> None:
@@ -274,8 +282,11 @@ class Coordinator:
         self._blocks.update(zip(group.ranks, ready.num_blocks, strict=True))
         if not self.workers.membership.all_ready or self._core is not None:
             return
-        blocks = [self._blocks[rank] for rank in sorted(self._blocks)]
-        config = self.resolved.config
+        config, layout = self.resolved.config, self.resolved.layout
+        blocks = [
+            min(self._blocks[rank] for rank in layout.ranks_of_replica(replica))
+            for replica in range(layout.num_replicas)
+        ]
         core = EngineCore(self.resolved.core, blocks, self.order.term, config.seed, hash_key=secrets.randbits(128))
         for one in self.workers.membership.groups:
             core.open_epoch(one.id, one.epoch)
@@ -288,7 +299,7 @@ class Coordinator:
             info=self.resolved.model_info(min(blocks)),
             tokenizer=self._tokenizer,
         )
-        self.clients.connections.broadcast(Event("ready", f"{len(blocks)} ranks are ready"))
+        self.clients.connections.broadcast(Event("ready", f"{len(self._blocks)} ranks are ready"))
         self.clients.connections.broadcast(self._welcome)
 
     def suspected(self) -> None:

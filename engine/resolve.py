@@ -117,7 +117,7 @@ def resolve(config: EngineConfig) -> ResolvedConfig:
         layout=layout,
         worker=worker,
         digest=config_digest(worker),
-        core=_core_config(config, spec, max_model_len),
+        core=_core_config(config, spec, layout, max_model_len),
         groups=groups,
         placements=placements,
         tokenizer=_tokenizer(config, folder),
@@ -179,7 +179,7 @@ def _worker_config(config: EngineConfig, folder: Path, max_model_len: int, layou
     )
 
 
-def _core_config(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> CoreConfig:
+def _core_config(config: EngineConfig, spec: ModelSpec, layout: Layout, max_model_len: int) -> CoreConfig:
     scheduler = config.scheduler
     return CoreConfig(
         max_num_seqs=scheduler.max_num_seqs,
@@ -188,7 +188,10 @@ def _core_config(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> C
         max_model_len=max_model_len,
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_token_ids,
-        data_parallel_size=config.parallel.data_parallel_size,
+        data_parallel_size=layout.data_parallel_size,
+        pipeline_parallel_size=layout.pipeline_parallel_size,
+        attention_data_parallel_size=layout.attention_data_parallel_size,
+        attention_tensor_parallel_size=layout.attn_tp_size,
         lockstep=spec.is_moe,
         enable_prefix_caching=config.cache.enable_prefix_caching,
         enable_chunked_prefill=scheduler.enable_chunked_prefill,

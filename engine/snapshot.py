@@ -57,6 +57,8 @@ def _ranks(engine: Coordinator, now: float) -> tuple[RankStatus, ...]:
                 step_age_s=engine.workers.clocks[record.group].age(rank, now),
                 restarts=record.restarts,
                 last_fault=record.last_fault,
+                kv_blocks=record.ready.num_blocks if record.ready is not None else 0,
+                weight_bytes=record.ready.weight_bytes if record.ready is not None else 0,
             )
         )
     return tuple(ranks)

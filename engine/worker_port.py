@@ -60,7 +60,7 @@ class EngineEvents(Protocol):
     """What the coordinator is told."""
 
     def step_done(self, rank: int, message: StepDone, complete: bool) -> None:
-        """A rank replied to a step; ``complete`` when it was the last of its group."""
+        """A rank replied to a step; ``complete`` when it was the last rank of its group."""
 
     def epoch_ready(self, ready: EpochReady) -> None:
         """A lockstep group can compute."""
@@ -96,6 +96,7 @@ class WorkerPort:
         self._now = read_clock
         self._term = order.term
         self._beat_at = read_clock()
+        self._to_workers: Codec[ToWorker] = Codec(ToWorker)
         self.router: Router[FromWorkerSide] = Router(
             context,
             order.worker_endpoint,
@@ -117,7 +118,11 @@ class WorkerPort:
             new_token=lambda: secrets.token_urlsafe(24),
             now=read_clock(),
         )
-        self.clocks = [GroupClock(faults.step_deadline_s) for _ in self.membership.groups]
+        layout = resolved.layout
+        self._ranks_of = [layout.ranks_of_replica(replica) for replica in range(layout.num_replicas)]
+        self.clocks = [
+            GroupClock(faults.step_deadline_s, layout.pipeline_parallel_size) for _ in self.membership.groups
+        ]
         self._group_of = {rank: record.group for rank, record in self.membership.ranks.items()}
 
     async def serve(self) -> None:
@@ -211,11 +216,13 @@ class WorkerPort:
         record = self.membership.ranks[rank]
         if record.peer is None:
             return False
-        result = self.router.send(record.peer, message)
+        return self._sent(record, self.router.send(record.peer, message))
+
+    def _sent(self, record: RankRecord, result: SendResult) -> bool:
         if result is SendResult.SENT:
             return True
         why = "its connection is gone" if result is SendResult.GONE else f"it leaves {HWM} messages unread"
-        self._declare_lost(record, f"rank {rank} (pid {record.pid}) cannot be reached: {why}", -1)
+        self._declare_lost(record, f"rank {record.rank} (pid {record.pid}) cannot be reached: {why}", -1)
         return False
 
     def refused_reply(self, rank: int, step: int, why: str) -> None:
@@ -236,12 +243,17 @@ class WorkerPort:
         )
         self.membership.declare_lost(record.rank, error, self._now())
 
-    def send_step(self, rank: int, step: Step, now: float) -> None:
-        """Send a plan; the rank owes the reply from ``now`` on."""
-        group = self._group_of[rank]
+    def send_step(self, replica: int, step: Step, now: float) -> None:
+        """Send a plan, encoded once, to every rank of an attention replica; each owes a reply from ``now`` on."""
+        ranks = self._ranks_of[replica]
+        clock = self.clocks[self._group_of[ranks[0]]]
         tokens = int(step.num_tokens_across_dp.max()) if len(step.num_tokens_across_dp) else 0
-        self.clocks[group].sent(rank, step.step, tokens, now)
-        self.send(rank, step)
+        frames = self._to_workers.encode(step)
+        for rank in ranks:
+            clock.sent(rank, step.step, tokens, now)
+            record = self.membership.ranks[rank]
+            if record.peer is not None:
+                self._sent(record, self.router.send_encoded(record.peer, frames))
 
     def send_call(self, rank: int, call: Call, timeout_s: float, now: float) -> bool:
         """Send a control call, whose time is no step's. Returns whether it was sent."""

@@ -26,8 +26,9 @@ class CoordinatorStatus(Shown, frozen=True, gc=False):
 
 
 class GroupStatus(Shown, frozen=True, gc=False):
-    """A lockstep group. ``replicas`` are dp ranks; ``wave_state`` is "running" or "paused"; ``step`` is the number of
-    the newest step planned in this epoch; ``dummy_steps`` counts plans without tokens sent to single replicas."""
+    """A lockstep group. ``replicas`` are the dp ranks of its engine replicas; ``wave_state`` is "running" or "paused";
+    ``step`` is the number of the newest step planned in this epoch; ``dummy_steps`` counts plans without tokens sent to
+    single attention replicas."""
 
     id: int
     replicas: tuple[int, ...]
@@ -39,8 +40,8 @@ class GroupStatus(Shown, frozen=True, gc=False):
 
 
 class ReplicaStatus(Shown, frozen=True, gc=False):
-    """An attention replica: its sequences (rows running, sequences waiting) and its KV blocks. ``blocks_cached`` counts
-    free blocks that still hold a cached prefix."""
+    """An attention replica: its sequences (rows running, sequences waiting) and its KV blocks, as many as the rank with
+    fewest has. ``blocks_cached`` counts free blocks that still hold a cached prefix."""
 
     dp_rank: int
     attn_rank: int
@@ -53,7 +54,8 @@ class ReplicaStatus(Shown, frozen=True, gc=False):
 
 class RankStatus(Shown, frozen=True, gc=False):
     """One worker process. ``state``: starting, ready or dead. ``step_age_s``: how long it has had for its oldest step
-    in flight, 0.0 without one. ``last_fault`` is the text of the last error it reported or died of."""
+    in flight, 0.0 without one. ``last_fault`` is the text of the last error it reported or died of. ``kv_blocks``: how
+    many it has room for, ``weight_bytes``: what it has loaded, both 0 until it is ready."""
 
     rank: int
     dp_rank: int
@@ -68,6 +70,8 @@ class RankStatus(Shown, frozen=True, gc=False):
     step_age_s: float
     restarts: int
     last_fault: str
+    kv_blocks: int = 0
+    weight_bytes: int = 0
 
 
 class RequestCounts(Shown, frozen=True, gc=False):

@@ -16,7 +16,7 @@ MAX_ID_LENGTH = 1024
 
 
 def check_submit(config: CoreConfig, msg: Submit, max_kv_tokens: int) -> None:
-    """``max_kv_tokens``: how many tokens the KV blocks of the largest replica hold, or those of the one asked for.
+    """``max_kv_tokens``: how many tokens the KV blocks of the largest replica that may serve the request hold.
 
     Raises :class:`InvalidRequest` that names the field, what was found and what is valid.
     """
@@ -32,7 +32,7 @@ def check_submit(config: CoreConfig, msg: Submit, max_kv_tokens: int) -> None:
 
 
 def check_rank(config: CoreConfig, rank: int) -> None:
-    """-1 leaves the choice to the router."""
+    """The engine replica that a request asks for; -1 leaves the choice to the router."""
     _whole("data_parallel_rank", rank, -1, config.data_parallel_size - 1)
 
 

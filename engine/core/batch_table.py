@@ -13,15 +13,16 @@ from drumline.engine.core.block_pool import I32, I64, BlockPool
 from drumline.engine.core.request import Sequence
 
 FREE, PREFILL, DECODE, DRAIN, DETACHED, LEFT = range(6)
-"""Row states. DRAIN: its last token by length is in flight. DETACHED: its blocks are gone, but a token in flight still
-counts. LEFT: its sequence has ended or been taken out, and what is in flight for it is discarded."""
+"""Row states. DRAIN: its last token by length is in flight. DETACHED: its blocks are gone, but tokens in flight still
+count. LEFT: its sequence has ended or been taken out, and what is in flight for it is discarded."""
 
 STOP_COLUMNS = 8
 
 
 class BatchTable:
     """Columns by row. ``length`` counts planned tokens, ``known`` those that a worker has told; ``filled`` counts KV
-    entries written by acknowledged steps; ``last_step`` is the last planned step that computes the row.
+    entries written by acknowledged steps; ``last_step`` is the last planned step that computes the row, ``lane``
+    the lane in whose steps it computes.
 
     ``blocks`` (rows, blocks per row) int32 holds block numbers of the group, 0 where there is none; its memory and
     that of ``history`` (blocks, block_size) int32 is touched only where rows have been. A row's token at position p
@@ -29,11 +30,20 @@ class BatchTable:
     not have a block yet.
     """
 
-    def __init__(self, replicas: int, rows_per_replica: int, max_model_len: int, block_size: int, pool: BlockPool):
+    def __init__(
+        self,
+        replicas: int,
+        rows_per_replica: int,
+        max_model_len: int,
+        block_size: int,
+        pool: BlockPool,
+        lanes: int = 1,
+    ) -> None:
         rows = replicas * rows_per_replica
         self.replicas = replicas
         self.rows_per_replica = rows_per_replica
         self.block_size = block_size
+        self.lanes = lanes
         self.status = np.zeros(rows, dtype=np.uint8)
         self.length = np.zeros(rows, dtype=np.int32)
         self.known = np.zeros(rows, dtype=np.int32)
@@ -49,6 +59,7 @@ class BatchTable:
         self.priority = np.zeros(rows, dtype=np.int64)
         self.arrival = np.zeros(rows, dtype=np.int64)
         self.last_step = np.full(rows, -1, dtype=np.int64)
+        self.lane = np.zeros(rows, dtype=np.int64)
         self.eviction_said = np.zeros(rows, dtype=np.bool_)
         self.prefix_state = np.zeros((rows, 4), dtype=np.uint64)
         self.sequences: list[Sequence | None] = [None] * rows
@@ -61,18 +72,21 @@ class BatchTable:
         self._stop_width = 0
         self._many_stops: dict[int, npt.NDArray[np.int64]] = {}
         self._stop_pairs: npt.NDArray[np.int64] | None = None
-        self._decoding: tuple[I64, I64] | None = None
+        self._decoding: dict[int, tuple[I64, I64]] = {}
         self._edges = np.arange(replicas + 1) * rows_per_replica
 
     # ------------------------------------------------------------------------------------------------- whole steps
 
-    def decoding(self) -> tuple[I64, I64]:
-        """Rows that decode, ascending, and int64 (replicas + 1,) where each replica's begin. Kept until a row's state
-        changes."""
-        if self._decoding is None:
+    def decoding(self, lane: int) -> tuple[I64, I64]:
+        """Rows of the lane that decode, ascending, and int64 (replicas + 1,) where each replica's begin. Kept until the
+        state of one of its rows changes."""
+        found = self._decoding.get(lane)
+        if found is None:
             rows = np.flatnonzero(self.status == DECODE)
-            self._decoding = rows, self.bounds(rows)
-        return self._decoding
+            if self.lanes > 1:
+                rows = rows[self.lane[rows] == lane]
+            found = self._decoding[lane] = rows, self.bounds(rows)
+        return found
 
     def bounds(self, rows: I64) -> I64:
         """int64 (replicas + 1,): where each replica's rows begin in ascending ``rows``."""
@@ -81,12 +95,12 @@ class BatchTable:
     def set_status(self, row: int, status: int) -> None:
         """Every change of a row's state comes here or to :meth:`set_statuses`: :meth:`decoding` is found anew."""
         self.status[row] = status
-        self._decoding = None
+        self._decoding.pop(int(self.lane[row]), None)
 
     def set_statuses(self, rows: I64, status: int) -> None:
         """As :meth:`set_status`, for all of ``rows`` at once."""
         self.status[rows] = status
-        self._decoding = None
+        self._decoding.clear()
 
     def crossing(self, rows: I64) -> I64:
         """Those decoding rows whose next KV entry falls into a block that they do not have yet."""
@@ -130,6 +144,7 @@ class BatchTable:
         """``sequence`` takes a free row; ``cached`` are the blocks of its prefix, already shared with it."""
         request = sequence.request
         length = len(sequence.tokens)
+        self.lane[row] = sequence.lane
         self.set_status(row, PREFILL)
         self.length[row] = self.known[row] = length
         self.filled[row] = len(cached) * self.block_size

@@ -6,11 +6,25 @@ import msgspec
 
 from drumline.protocol.errors import InvalidConfig
 
+_COUNTS = (
+    "max_num_seqs",
+    "block_size",
+    "vocab_size",
+    "data_parallel_size",
+    "max_waiting",
+    "pipeline_parallel_size",
+    "attention_data_parallel_size",
+    "attention_tensor_parallel_size",
+)
+
 
 class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What scheduling depends on. Limits are per replica; lengths are in tokens.
+    """What scheduling depends on. Limits are per attention replica; lengths are in tokens.
 
-    ``lockstep``: all replicas form one lockstep group (a MoE model); else each replica is a group of its own (dense).
+    ``data_parallel_size`` engine replicas have ``attention_data_parallel_size`` attention replicas each, numbered
+    ``dp_rank * attention_data_parallel_size + attn_rank``; wherever the core says replica it means those. The heads of
+    one are sharded over ``attention_tensor_parallel_size`` ranks. ``lockstep``: all replicas form one lockstep group (a
+    MoE model); else those of each engine replica do (dense). ``pipeline_parallel_size``: stages, and so lanes of rows.
     ``max_waiting`` bounds the sequences that wait for a row, over all replicas. ``prefix_affinity`` lets the router
     prefer the replica that holds most of a prompt in its prefix cache.
 
@@ -30,9 +44,12 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     async_scheduling: bool = True
     max_waiting: int = 8192
     prefix_affinity: bool = False
+    pipeline_parallel_size: int = 1
+    attention_data_parallel_size: int = 1
+    attention_tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "block_size", "vocab_size", "data_parallel_size", "max_waiting"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value < 1:
                 raise InvalidConfig(name, value, "1 or more")
@@ -56,8 +73,19 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def steps_in_flight(self) -> int:
-        """How many steps may be sent and not yet acknowledged by every replica of the group."""
-        return 2 if self.async_scheduling else 1
+        """How many steps may be sent and not yet acknowledged by every replica of the group: one per stage, and with
+        ``async_scheduling`` one more that waits for the first stage."""
+        return self.pipeline_parallel_size + int(self.async_scheduling)
+
+    @property
+    def num_replicas(self) -> int:
+        """Attention replicas of all engine replicas."""
+        return self.data_parallel_size * self.attention_data_parallel_size
+
+    @property
+    def replicas_per_group(self) -> int:
+        """Attention replicas of one lockstep group."""
+        return self.num_replicas if self.lockstep else self.attention_data_parallel_size
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -19,22 +19,21 @@ from drumline.protocol.status import GroupStatus, ReplicaStatus, RequestCounts
 class EngineCore:
     """Requests of all connections over all replicas.
 
-    ``num_blocks``: KV blocks of each replica. ``seed`` is where the seeds of requests without one come from.
-    ``hash_key`` seeds the hashes of the prefix cache: a shell that serves others draws one that nobody can guess.
-    Call :meth:`plan` until it returns nothing after every :meth:`apply` and every :meth:`submit`, send what it returns,
-    then call :meth:`maintain`. Raises :class:`InvalidConfig` unless every replica has blocks.
+    Replicas are attention replicas. ``num_blocks``: KV blocks of each. ``seed`` is where the seeds of requests without
+    one come from. ``hash_key`` seeds the hashes of the prefix cache: a shell that serves others draws one that nobody
+    can guess. Call :meth:`plan` until it returns nothing after every :meth:`apply` and every :meth:`submit`, send what
+    it returns, then call :meth:`maintain`. Raises :class:`InvalidConfig` unless every replica has blocks.
     """
 
     def __init__(self, config: CoreConfig, num_blocks: Ordered[int], term: int, seed: int, hash_key: int = 0) -> None:
-        if len(num_blocks) != config.data_parallel_size or min(num_blocks, default=0) < 1:
-            raise InvalidConfig("num_blocks", list(num_blocks), f"{config.data_parallel_size} counts of 1 or more")
+        if len(num_blocks) != config.num_replicas or min(num_blocks, default=0) < 1:
+            raise InvalidConfig("num_blocks", list(num_blocks), f"{config.num_replicas} counts of 1 or more")
         self.config = config
         self.term = term
         hasher: PrefixHasher | None = None
         if config.enable_prefix_caching:
             hasher = PrefixHasher(config.block_size, config.max_model_len, np.random.default_rng(hash_key))
-        together = config.data_parallel_size if config.lockstep else 1
-        self._per_group = together
+        together = self._per_group = config.replicas_per_group
         self._groups = [
             LockstepGroup(config, list(num_blocks[i : i + together]), term, hasher)
             for i in range(0, len(num_blocks), together)
@@ -145,10 +144,11 @@ class EngineCore:
     def group_status(self) -> tuple[GroupStatus, ...]:
         """Every lockstep group, by ascending id."""
         self._settle()
+        engines = self._per_group // self.config.attention_data_parallel_size
         return tuple(
             GroupStatus(
                 id=index,
-                replicas=tuple(range(index * self._per_group, (index + 1) * self._per_group)),
+                replicas=tuple(range(index * engines, (index + 1) * engines)),
                 epoch=group.epoch,
                 wave=group.wave.number,
                 wave_state=group.wave.state.value,
@@ -159,15 +159,16 @@ class EngineCore:
         )
 
     def replica_status(self) -> tuple[ReplicaStatus, ...]:
-        """Every replica, by ascending dp rank over all groups."""
+        """Every attention replica, by ascending dp rank and attention rank."""
         self._settle()
         statuses: list[ReplicaStatus] = []
         for group in self._groups:
             for replica in range(group.replicas):
+                dp_rank, attn_rank = divmod(len(statuses), self.config.attention_data_parallel_size)
                 statuses.append(
                     ReplicaStatus(
-                        dp_rank=len(statuses),
-                        attn_rank=0,
+                        dp_rank=dp_rank,
+                        attn_rank=attn_rank,
                         running=int(group.residence.running[replica]),
                         waiting=len(group.scheduler.waiting[replica]),
                         blocks_total=group.pool.num_blocks[replica],
@@ -182,10 +183,11 @@ class EngineCore:
         return self._book.counts()
 
     def counters(self) -> dict[str, int]:
-        """Counts since the start of the term, by name."""
+        """Counts since the start of the term, by name. With attention data parallel also what gathering costs, as
+        ``attn_dp_`` and the names of :class:`~drumline.engine.core.gather_counts.GatherCounts`."""
         groups = self._groups
         caches = [group.cache for group in groups if group.cache is not None]
-        return {
+        counts = {
             "steps": sum(group.steps for group in groups),
             "dummy_steps": sum(group.dummy_steps for group in groups),
             "admissions": sum(group.scheduler.admitted for group in groups),
@@ -195,6 +197,14 @@ class EngineCore:
             "prefix_hit_tokens": sum(cache.hit_tokens for cache in caches),
             "ignored_stops": self._book.ignored_stops,
         }
+        if self.config.attention_data_parallel_size > 1:
+            counts |= {
+                "attn_dp_tokens": sum(group.gathers.tokens for group in groups),
+                "attn_dp_padding_rows": sum(group.gathers.padding_rows for group in groups),
+                "attn_dp_padded_steps": sum(group.gathers.padded_steps for group in groups),
+                "attn_dp_packed_steps": sum(group.gathers.packed_steps for group in groups),
+            }
+        return counts
 
     # ---------------------------------------------------------------------------------------------------------- inside
 

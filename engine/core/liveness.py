@@ -3,9 +3,10 @@
 The limit for a step is ``max(2, 10 x recent median)`` seconds, where the median is taken of whole steps and, because a
 prefill may hold hundreds of times the tokens of a decode, also of seconds per token. The first steps of an epoch run
 under a lease: memory is touched and kernels are chosen there. Time counts from when the step could begin: it was sent,
-and the step before it was done. Control calls run between steps: until a rank has answered one, the steps behind it
-cannot begin, and that time does not count for as long as the call's lease runs: its timeout, or that of first steps
-where it is longer, because a call that was given up still runs to its end.
+and the step before it was done. With pipeline stages that is the time of one stage while the pipeline is full, and of
+all of them while it fills, so the limit is multiplied by their number. Control calls run between steps: until a rank
+has answered one, the steps behind it cannot begin, and that time does not count for as long as the call's lease runs:
+its timeout, or that of first steps where it is longer, because a call that was given up still runs to its end.
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ class Overdue:
 
 
 class GroupClock:
-    """The steps in flight of one lockstep group and how long its recent ones took."""
+    """The steps in flight of one lockstep group and how long its recent ones took. ``stages``: of its pipeline."""
 
-    def __init__(self, setting_s: float | None) -> None:
+    def __init__(self, setting_s: float | None, stages: int = 1) -> None:
         self._setting_s = setting_s
+        self._stages = stages
         self._open: deque[OpenStep] = deque()
         self._calls: dict[int, OpenCall] = {}
         self._sent = -1
@@ -157,7 +159,7 @@ class GroupClock:
             if self._seconds:
                 median = statistics.median(self._seconds)
                 median = max(median, statistics.median(self._per_token) * tokens)
-                limit = max(limit, MEDIANS * median)
+                limit = max(limit, MEDIANS * median * self._stages)
         return max(limit, LEASE_S) if self._done < LEASE_STEPS else limit
 
     def overdue(self, now: float) -> Overdue | None:

@@ -9,6 +9,7 @@ import numpy as np
 from drumline.engine.core.batch_table import DETACHED, LEFT, BatchTable
 from drumline.engine.core.block_pool import I32, I64, BlockPool
 from drumline.engine.core.config import CoreConfig
+from drumline.engine.core.gather_counts import GatherCounts
 from drumline.engine.core.plan import Plan
 from drumline.engine.core.prefix_cache import PrefixCache, PrefixHasher
 from drumline.engine.core.request import Place, Sequence
@@ -24,7 +25,7 @@ _NONE.setflags(write=False)
 
 
 class LockstepGroup:
-    """The replicas whose steps go together. Replicas are numbered from 0 within the group.
+    """The attention replicas whose steps go together. They are numbered from 0 within the group.
 
     ``hasher`` is None when prefix caching is off.
     """
@@ -35,12 +36,20 @@ class LockstepGroup:
         self.term = term
         self.epoch = -1
         self.pool = BlockPool(num_blocks)
-        self.table = BatchTable(self.replicas, config.max_num_seqs, config.max_model_len, config.block_size, self.pool)
+        self.table = BatchTable(
+            self.replicas,
+            config.max_num_seqs,
+            config.max_model_len,
+            config.block_size,
+            self.pool,
+            config.pipeline_parallel_size,
+        )
         cache = None if hasher is None else PrefixCache(self.pool, self.table.history, hasher)
         self.cache = cache
         self.residence = Residence(self.table, self.pool, cache)
         self.scheduler = Scheduler(config, self.residence)
         self.wave = Wave()
+        self.gathers = GatherCounts()
         self.unfinished = 0
         self.next_step = 0
         self.steps = 0
@@ -103,6 +112,9 @@ class LockstepGroup:
         self.next_step += 1
         self.steps += 1
         self.dummy_steps += self.replicas - int(np.count_nonzero(plan.tokens))
+        attn_dp = self.config.attention_data_parallel_size
+        if attn_dp > 1:
+            self.gathers.note(plan.tokens, attn_dp, self.config.attention_tensor_parallel_size)
         return steps
 
     def _messages(self, plan: Plan, number: int, evictions: list[list[int]]) -> list[Step]:
@@ -138,6 +150,7 @@ class LockstepGroup:
                     blocks,
                     prefill_rows,
                     prefill_counts,
+                    plan.lane,
                 )
             )
         return steps
@@ -158,6 +171,7 @@ class LockstepGroup:
                 len(admission.cached) * self.config.block_size,
                 self._local_blocks(replica, np.concatenate([admission.cached, admission.blocks])),
                 admission.sequence.request.spec(admission.sequence.index),
+                plan.lane,
             )
             for admission in plan.admissions.get(replica, ())
         )

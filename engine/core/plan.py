@@ -30,9 +30,11 @@ class Admission(Chunk):
 
 @dataclass(slots=True)
 class Plan:
-    """One step of the group. ``tokens``: int32 (replicas,). ``decoding`` rows ascend, ``bounds`` (replicas + 1,) says
-    where each replica's begin; the i-th of ``grown`` rows gets ``blocks[i]``, and ``grown_bounds`` splits those."""
+    """One step of the group. Only rows of ``lane`` compute. ``tokens``: int32 (replicas,). ``decoding`` rows ascend,
+    ``bounds`` (replicas + 1,) says where each replica's begin; the i-th of ``grown`` rows gets ``blocks[i]``, and
+    ``grown_bounds`` splits those."""
 
+    lane: int
     tokens: I32
     decoding: I64
     bounds: I64

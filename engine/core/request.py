@@ -15,7 +15,7 @@ class Place(enum.Enum):
     """Where a sequence stands."""
 
     WAITING = "waiting"
-    """In the queue of its replica, or about to be: a preempted sequence whose last token is still in flight."""
+    """In the queue of its replica, or about to be: a preempted sequence whose last tokens are still in flight."""
     RUNNING = "running"
     """In a row, until its last token is known."""
     ENDED = "ended"
@@ -28,7 +28,7 @@ class Sequence:
     ``tokens``: int32 (length,), prompt and generated tokens as they were when the sequence last entered or left a row;
     what it generates in the row stands in the table's history. ``late`` holds tokens that arrived after it had left.
     ``row`` is -1 without one; a row is held until no step in flight computes it. ``computed`` counts planned KV entries
-    and is kept up only while the row is in prefill.
+    and is kept up only while the row is in prefill. ``lane`` is that of the row.
     """
 
     request: Request
@@ -40,6 +40,7 @@ class Sequence:
     max_length: int
     place: Place = Place.WAITING
     row: int = -1
+    lane: int = 0
     computed: int = 0
     num_cached: int = -1
     late: list[int] = field(default_factory=list)

@@ -35,7 +35,7 @@ class RequestBook:
         self._hasher = hasher
         self._random = random
         self._kv_tokens = np.concatenate([group.pool.num_blocks for group in groups]) * config.block_size
-        self._router = Router(config.data_parallel_size)
+        self._router = Router(config.num_replicas)
         self._requests: dict[str, Request] = {}
         self._connections: dict[int, dict[str, Request]] = {}
         self._arrivals = 0
@@ -65,9 +65,8 @@ class RequestBook:
     def _admit(self, connection: int, msg: Submit) -> Request:
         config = self._config
         check_rank(config, msg.data_parallel_rank)
-        pinned = msg.data_parallel_rank >= 0
-        room = int(self._kv_tokens[msg.data_parallel_rank] if pinned else self._kv_tokens.max())
-        check_submit(config, msg, room)
+        replicas = self._candidates(msg.data_parallel_rank)
+        check_submit(config, msg, int(self._kv_tokens[replicas].max()))
         if msg.request_id in self._requests:
             raise DuplicateRequest(f"request id {msg.request_id!r} is live already")
         waiting = sum(len(queue) for group in self._groups for queue in group.scheduler.waiting)
@@ -77,7 +76,7 @@ class RequestBook:
             )
         prompt = np.ascontiguousarray(msg.prompt)
         states = None if self._hasher is None else self._hasher.states(prompt)
-        replica = msg.data_parallel_rank if pinned else self._route(prompt, states)
+        replica = self._route(prompt, states, replicas)
         seed = msg.sampling.seed if msg.seed_given else int(self._random.integers(0, 2**63 - 1))
         stops = dict.fromkeys(msg.sampling.stop_token_ids)
         if not msg.ignore_eos:
@@ -101,13 +100,21 @@ class RequestBook:
             request.sequences.append(sequence)
         return request
 
+    def _candidates(self, dp_rank: int) -> slice:
+        """The attention replicas that may serve a request: those of engine replica ``dp_rank``, all for -1."""
+        if dp_rank < 0:
+            return slice(0, self._config.num_replicas)
+        size = self._config.attention_data_parallel_size
+        return slice(dp_rank * size, (dp_rank + 1) * size)
+
     def _route(
         self,
         prompt: np.ndarray[tuple[int, ...], np.dtype[np.int32]],
         states: np.ndarray[tuple[int, ...], np.dtype[np.uint64]] | None,
+        replicas: slice,
     ) -> int:
-        if self._config.data_parallel_size == 1:
-            return 0
+        if replicas.stop - replicas.start == 1:
+            return int(replicas.start)
         waiting: list[int] = []
         running: list[int] = []
         unacknowledged: list[int] = []
@@ -119,11 +126,13 @@ class RequestBook:
                 unacknowledged.append(group.unacknowledged(replica))
                 if self._config.prefix_affinity and group.cache is not None and states is not None:
                     cached.append(len(group.cache.lookup(replica, prompt, states)) * self._config.block_size)
+        fits = np.zeros(len(waiting), dtype=np.bool_)
+        fits[replicas] = self._kv_tokens[replicas] >= len(prompt)
         route = self._router.choose(
             np.asarray(waiting),
             np.asarray(running),
             np.asarray(unacknowledged),
-            self._kv_tokens >= len(prompt),
+            fits,
             cached or None,
         )
         return route.replica

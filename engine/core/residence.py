@@ -20,8 +20,8 @@ from drumline.engine.core.request import Place, Sequence
 class Residence:
     """The rows of one lockstep group and who lives in them. ``cache`` is None when prefix caching is off.
 
-    ``running[r]`` counts the sequences of replica ``r`` that are in a row with their blocks; ``evictions[r]`` holds
-    rows (of the group) that the next step must evict.
+    ``running[r]`` counts the sequences of replica ``r`` that are in a row with their blocks, ``in_lane[r][l]`` those of
+    lane ``l``; ``evictions[r]`` holds rows (of the group) that the next step must evict, whatever its lane.
     """
 
     def __init__(self, table: BatchTable, pool: BlockPool, cache: PrefixCache | None) -> None:
@@ -29,18 +29,20 @@ class Residence:
         self.pool = pool
         self.cache = cache
         self.running = np.zeros(table.replicas, dtype=np.int64)
+        self.in_lane = [[0] * table.lanes for _ in range(table.replicas)]
         self.evictions: list[list[int]] = [[] for _ in range(table.replicas)]
         self._leaving: list[list[int]] = [[] for _ in range(table.replicas)]
         per = table.rows_per_replica
         self._free = [list(range(r * per, (r + 1) * per)) for r in range(table.replicas)]
 
-    def has_room(self, replica: int) -> bool:
-        """Whether a row of the replica is free."""
-        return bool(self._free[replica])
+    def free_rows(self, replica: int) -> int:
+        """How many rows of the replica are free."""
+        return len(self._free[replica])
 
-    def enter(self, sequence: Sequence, cached: I64) -> int:
+    def enter(self, sequence: Sequence, cached: I64, lane: int) -> int:
         """Gives the sequence the lowest free row of its replica, with the cached blocks shared. Returns the row."""
         row = heapq.heappop(self._free[sequence.replica])
+        sequence.lane = lane
         self.pool.share(sequence.replica, cached)
         self.table.enter(row, sequence, cached)
         states = sequence.request.prefix
@@ -55,6 +57,7 @@ class Residence:
         sequence.computed = len(cached) * self.table.block_size
         sequence.request.rows_held += 1
         self.running[sequence.replica] += 1
+        self.in_lane[sequence.replica][lane] += 1
         return row
 
     def say_eviction(self, row: int) -> None:
@@ -64,7 +67,7 @@ class Residence:
             self.evictions[row // self.table.rows_per_replica].append(row)
 
     def detach(self, sequence: Sequence) -> None:
-        """The sequence loses its blocks but not its token in flight: that one still counts when it comes."""
+        """The sequence loses its blocks but not its tokens in flight: those still count when they come."""
         self._vacate(sequence, DETACHED)
 
     def leave(self, sequence: Sequence) -> None:
@@ -151,6 +154,7 @@ class Residence:
         self.say_eviction(row)
         self._leaving[sequence.replica].append(row)
         self.running[sequence.replica] -= 1
+        self.in_lane[sequence.replica][sequence.lane] -= 1
 
     def _free_row(self, replica: int, row: int) -> Sequence:
         sequence = self.table.sequences[row]

@@ -53,6 +53,13 @@ class InFlight:
         self.missing -= 1
 
 
+def check_acknowledgement(done: StepDone) -> None:
+    """A rank that does not report for its replica says that it has run the step, and no more. Raises
+    :class:`ProtocolError` when it brings tokens."""
+    if len(done.tokens) or len(done.logprob_index) or done.logprobs:
+        raise _refused(done, f"{len(done.tokens)} tokens came from a rank that acknowledges only")
+
+
 def _refused(done: StepDone, text: str) -> ProtocolError:
     message = f"rank {done.rank}, step {done.step}: {text}"
     return ProtocolError(

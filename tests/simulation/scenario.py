@@ -45,13 +45,17 @@ class Scenario:
     new_epochs: list[float] = field(default_factory=list)
 
 
-def make_scenario(seed: int, dp: int | None = None, async_scheduling: bool | None = None) -> Scenario:
+def make_scenario(
+    seed: int, dp: int | None = None, async_scheduling: bool | None = None, pp: int | None = None
+) -> Scenario:
     """Small numbers on purpose: few blocks, few rows, short contexts, so that every limit is met all the time."""
     rng = random.Random(seed)
     dp = rng.choice((1, 1, 2, 4)) if dp is None else dp
     async_scheduling = rng.random() < 0.7 if async_scheduling is None else async_scheduling
+    pp = rng.choice((1, 1, 2, 3)) if pp is None else pp
+    attn_dp = rng.choice((1, 1, 2)) if dp < 4 else 1
     block_size = rng.choice((1, 2, 3, 4))
-    rows = rng.randint(1, 5)
+    rows = rng.randint(1, 4 + pp)
     context = rng.randint(6, 40)
     chunked = rng.random() < 0.8
     config = CoreConfig(
@@ -68,6 +72,9 @@ def make_scenario(seed: int, dp: int | None = None, async_scheduling: bool | Non
         async_scheduling=async_scheduling,
         max_waiting=rng.choice((3, 100)),
         prefix_affinity=rng.random() < 0.3,
+        pipeline_parallel_size=pp,
+        attention_data_parallel_size=attn_dp,
+        attention_tensor_parallel_size=rng.choice((1, 2)),
     )
     tight = rng.random() < 0.6
     whole = -(-context // block_size)
@@ -76,7 +83,7 @@ def make_scenario(seed: int, dp: int | None = None, async_scheduling: bool | Non
     scenario = Scenario(
         seed=seed,
         config=config,
-        num_blocks=[blocks + (rng.randint(0, 2) if rng.random() < 0.2 else 0) for _ in range(dp)],
+        num_blocks=[blocks + (rng.randint(0, 2) if rng.random() < 0.2 else 0) for _ in range(dp * attn_dp)],
         plans=_plans(rng, config, day),
         step_time=rng.choice((0.01, 1.0)),
         delay=rng.choice((0.0, 0.2, 3.0)),
@@ -91,7 +98,7 @@ def make_scenario(seed: int, dp: int | None = None, async_scheduling: bool | Non
 
 
 def make_wide_scenario(seed: int) -> Scenario:
-    """Two replicas of 40 rows with 150 requests, and blocks for about half of them."""
+    """Two replicas of 40 rows with 150 requests, and blocks for about half of them; two lanes for every other seed."""
     rng = random.Random(seed)
     config = CoreConfig(
         max_num_seqs=40,
@@ -102,6 +109,7 @@ def make_wide_scenario(seed: int) -> Scenario:
         eos_token_ids=(3,),
         data_parallel_size=2,
         lockstep=True,
+        pipeline_parallel_size=1 + seed % 2,
     )
     plans = _plans(rng, config, day=15.0, count=150)
     return Scenario(seed, config, [70, 80], plans, 1.0, 0.2, 0.02, False, drops=[(12.0, 1)], new_epochs=[20.0])

@@ -107,7 +107,7 @@ class Simulation:
         replica = self._replica_of(plan.submit.request_id)
         client = self.clients.accepted(plan, answer, self.scenario.num_blocks[replica])
         pinned = plan.submit.data_parallel_rank
-        if pinned >= 0 and pinned != replica:
+        if pinned >= 0 and pinned != replica // self.config.attention_data_parallel_size:
             raise RuleBrokenError(f"{plan.submit.request_id} went to replica {replica}, pinned to {pinned}")
         if plan.cancel_at >= 0:
             self._at(max(plan.cancel_at, self.now), partial(self._cancel, client))
@@ -177,6 +177,7 @@ class Simulation:
         while planned := self.core.plan(self.now):
             self._rules.check(planned)
             self.seen["steps"] += 1
+            self.seen[f"lane_{planned[0][1].lane}"] += 1
             self.seen["dummy_steps"] += planned[0][1].num_tokens_across_dp.tolist().count(0)
             for replica, step in planned:
                 message = step
@@ -298,12 +299,11 @@ class Simulation:
                         f"{client.plan.submit.request_id}: cancel {call_id} was confirmed {count} times"
                     )
         check_at_rest(self.core)
-        for worker in self._workers:
-            group = self._groups[worker.replica // self._per_group]
+        for replica, worker in enumerate(self._workers):
+            group = self._groups[replica // self._per_group]
             if worker.next_step != group.next_step:
-                raise RuleBrokenError(
-                    f"replica {worker.replica} stands at {worker.next_step}, group at {group.next_step}"
-                )
+                raise RuleBrokenError(f"replica {replica} stands at {worker.next_step}, group at {group.next_step}")
+        self._rules.check_gather_counts()
         self.seen.update({f"core_{name}": count for name, count in self.core.counters().items()})
 
 

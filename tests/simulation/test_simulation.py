@@ -10,9 +10,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from drumline.engine.core.batch_table import BatchTable
-from drumline.engine.core.block_pool import BlockPool
+from drumline.engine.core.batch_table import DECODE, BatchTable
+from drumline.engine.core.block_pool import I64, BlockPool
 from drumline.engine.core.config import CoreConfig
+from drumline.engine.core.lanes import LaneTurns
 from drumline.engine.core.lockstep import LockstepGroup
 from drumline.engine.core.prefix_cache import PrefixCache
 from drumline.engine.core.residence import Residence
@@ -36,6 +37,7 @@ def test_random_interleavings_end_with_every_request_ended(batch: int) -> None:
         ["cancel", "stop_string", "resume", "drop", "new_epoch", "end_stop", "end_length", "end_abort"],
         ["core_preemptions", "core_prefix_hit_tokens", "core_chunked_prefills", "dummy_steps"],
         ["refused_duplicate", "refused_stale", "refused_early", "refused_short", "rejected_queue_full"],
+        ["lane_0", "lane_1", "lane_2", "core_attn_dp_padded_steps", "core_attn_dp_packed_steps"],
     )
 
 
@@ -45,11 +47,14 @@ def assert_met(seen: Counter[str], *wanted: list[str]) -> None:
 
 
 @pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize("pp", [1, 2, 3])
 @pytest.mark.parametrize("async_scheduling", [True, False])
-def test_each_layout_runs_with_and_without_two_steps_in_flight(dp: int, async_scheduling: bool) -> None:
+def test_each_layout_runs_with_and_without_a_step_in_flight_beyond_one_per_stage(
+    dp: int, pp: int, async_scheduling: bool
+) -> None:
     seen: Counter[str] = Counter()
     for seed in range(1_000_000, 1_000_040):
-        seen.update(run_scenario(make_scenario(seed, dp=dp, async_scheduling=async_scheduling)))
+        seen.update(run_scenario(make_scenario(seed, dp=dp, async_scheduling=async_scheduling, pp=pp)))
     assert_met(seen, ["end_stop", "end_length", "core_preemptions"])
 
 
@@ -87,7 +92,27 @@ def _take_any_answer(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LockstepGroup, "apply", lenient)
 
 
-BREAKAGES = [_ignore_stops, _reuse_rows_in_flight, _trust_a_cache_of_lost_blocks, _leak_blocks, _take_any_answer]
+def _decode_rows_of_every_lane(patch: pytest.MonkeyPatch) -> None:
+    def all_that_decode(table: BatchTable, lane: int) -> tuple[I64, I64]:
+        rows = np.flatnonzero(table.status == DECODE)
+        return rows, table.bounds(rows)
+
+    patch.setattr(BatchTable, "decoding", all_that_decode)
+
+
+def _give_every_step_to_one_lane(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LaneTurns, "took", lambda turns, lane: None)
+
+
+BREAKAGES = [
+    _ignore_stops,
+    _reuse_rows_in_flight,
+    _trust_a_cache_of_lost_blocks,
+    _leak_blocks,
+    _take_any_answer,
+    _decode_rows_of_every_lane,
+    _give_every_step_to_one_lane,
+]
 
 
 @pytest.mark.parametrize("break_core", BREAKAGES)

@@ -19,7 +19,7 @@ class RuleBrokenError(AssertionError):
 
 @dataclass(slots=True)
 class Row:
-    """``prefixes[p]`` is the hash of the text up to and including position p."""
+    """``prefixes[p]`` is the hash of the text up to and including position p. ``lane``: in whose steps it computes."""
 
     tokens: list[int]
     prefixes: list[int]
@@ -27,15 +27,19 @@ class Row:
     computed: int
     blocks: list[int]
     sampling: SamplingSpec
+    lane: int
     has_sampled: bool = False
 
 
 class SimWorker:
-    """One replica's rank, in one epoch. :meth:`execute` runs a step and answers it."""
+    """One attention replica as its reporting rank answers for it, in one epoch. :meth:`execute` runs a step.
 
-    def __init__(self, config: CoreConfig, replica: int, place: int, num_blocks: int, term: int, epoch: int) -> None:
+    ``rank`` stands in the answers; ``place``: the replica's in its group.
+    """
+
+    def __init__(self, config: CoreConfig, rank: int, place: int, num_blocks: int, term: int, epoch: int) -> None:
         self.config = config
-        self.replica = replica
+        self.rank = rank
         self.place = place
         self.term = term
         self.epoch = epoch
@@ -62,6 +66,8 @@ class SimWorker:
             self._broken(step, f"it is not step {self.next_step} of epoch {self.epoch}")
         if step.wave < self.wave:
             self._broken(step, f"wave {step.wave} after wave {self.wave}")
+        if not 0 <= step.lane < self.config.pipeline_parallel_size:
+            self._broken(step, f"lane {step.lane} does not exist")
         self.next_step += 1
         self.wave = step.wave
 
@@ -80,7 +86,9 @@ class SimWorker:
         for token in tokens:
             prefix = extend(prefix, token)
             prefixes.append(prefix)
-        self.rows[admit.row] = Row(tokens, prefixes, admit.prompt_len, admit.num_cached, [], admit.sampling)
+        if not 0 <= admit.lane < self.config.pipeline_parallel_size:
+            self._broken(step, f"row {admit.row}: lane {admit.lane} does not exist")
+        self.rows[admit.row] = Row(tokens, prefixes, admit.prompt_len, admit.num_cached, [], admit.sampling, admit.lane)
         self._give_blocks(step, admit.row, blocks)
 
     def _append(self, step: Step) -> None:
@@ -104,11 +112,13 @@ class SimWorker:
         for row, count in zip(step.prefill_rows.tolist(), step.prefill_counts.tolist(), strict=True):
             if row not in self.rows or row in counts:
                 self._broken(step, f"row {row} prefills twice or is not there")
+            if self.rows[row].lane != step.lane:
+                self._broken(step, f"row {row} of lane {self.rows[row].lane} prefills in a step of lane {step.lane}")
             if self.rows[row].has_sampled or not 0 < count <= len(self.rows[row].tokens) - self.rows[row].computed:
                 self._broken(step, f"row {row} prefills {count} tokens from {self.rows[row].computed} on")
             counts[row] = count
         for number, row in self.rows.items():
-            if row.has_sampled:
+            if row.has_sampled and row.lane == step.lane:
                 counts[number] = 1
         total = sum(counts.values())
         if total != step.num_tokens_across_dp[self.place] or total > self.config.max_num_batched_tokens:
@@ -157,7 +167,7 @@ class SimWorker:
         return StepDone(
             step.term,
             step.epoch,
-            self.replica,
+            self.rank,
             step.step,
             np.asarray(tokens, dtype=np.int32),
             np.asarray(places, dtype=np.int32),
@@ -165,7 +175,7 @@ class SimWorker:
         )
 
     def _broken(self, step: Step, text: str) -> None:
-        raise RuleBrokenError(f"replica {self.replica}, step {step.step} of epoch {step.epoch}: {text}")
+        raise RuleBrokenError(f"rank {self.rank}, step {step.step} of epoch {step.epoch}: {text}")
 
 
 _NO_TOKENS = np.zeros(0, dtype=np.int32)

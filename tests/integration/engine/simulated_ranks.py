@@ -16,9 +16,10 @@ import zmq
 from drumline.engine.config import EngineConfig
 from drumline.engine.coordinator import Coordinator
 from drumline.engine.launch.order import Order
-from drumline.engine.resolve import resolve
+from drumline.engine.resolve import ResolvedConfig, resolve
 from drumline.protocol.codec import Codec, config_digest
 from drumline.protocol.errors import EngineClosed, ErrorInfo
+from drumline.protocol.layout import Layout
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
     Accepted,
@@ -55,12 +56,32 @@ from tests.simulation.worker import SimWorker
 
 T = TypeVar("T")
 NUM_BLOCKS = 256
+PROMPT = tuple(range(5, 12))
+SEED = 3
 TOKEN = "the supervisor's"
 PATIENCE_S = 10.0
 
 
+def laid_out(resolved: ResolvedConfig, layout: Layout) -> ResolvedConfig:
+    """The same engine over the ranks of ``layout``. Whether real ranks could hold the model so is not asked."""
+    core = msgspec.structs.replace(
+        resolved.core,
+        data_parallel_size=layout.data_parallel_size,
+        pipeline_parallel_size=layout.pipeline_parallel_size,
+        attention_data_parallel_size=layout.attention_data_parallel_size,
+        attention_tensor_parallel_size=layout.attn_tp_size,
+    )
+    groups = tuple(
+        tuple(rank for dp_rank in replicas for rank in layout.replica_ranks(dp_rank))
+        for replicas in layout.lockstep_groups(core.lockstep)
+    )
+    return msgspec.structs.replace(resolved, layout=layout, core=core, groups=groups, placements={})
+
+
 class SimulatedRank:
-    """Speaks a worker's side of the protocol. ``answer`` may be replaced to misbehave."""
+    """Speaks a worker's side of the protocol: the reporting rank of a replica answers with tokens, the others
+    acknowledge. ``answer`` may be replaced to misbehave. ``steps`` counts those it has run,
+    ``sampled`` the tokens it has answered with."""
 
     def __init__(self, engine: SimulatedEngine, rank: int, token: str) -> None:
         self.engine = engine
@@ -71,6 +92,7 @@ class SimulatedRank:
         self.worker: SimWorker | None = None
         self.answer: Callable[[StepDone], StepDone | None] = lambda done: done
         self.answers_calls = True
+        self.steps = self.sampled = 0
         self.shut_down = False
         self.dealer.send(HelloWorker(PROTOCOL_VERSION, token, rank, self.incarnation, 1000 + rank, "h"))
         self.task = asyncio.create_task(self._run())
@@ -93,20 +115,31 @@ class SimulatedRank:
         elif isinstance(message, Configure):
             return self._configure(message)
         elif isinstance(message, Step) and self.worker is not None:
-            return self.answer(self.worker.execute(message))
+            return self._step(self.worker, message)
         elif isinstance(message, Call) and self.answers_calls:
             return CallResult(message.term, message.epoch, message.call_id, self.rank, True, b"pong")
         elif isinstance(message, Shutdown):
             self.shut_down = True
         return None
 
+    def _step(self, worker: SimWorker, message: Step) -> StepDone | None:
+        self.steps += 1
+        done = worker.execute(message)
+        layout = self.engine.coordinator.resolved.layout
+        if self.rank != layout.reporting_rank(layout.replica_of(self.rank)):
+            nothing = np.zeros(0, dtype=np.int32)
+            done = msgspec.structs.replace(done, tokens=nothing, logprob_index=nothing, logprobs=())
+        self.sampled += len(done.tokens)
+        return self.answer(done)
+
     def _configure(self, message: Configure) -> Message:
         assert self.config is not None
-        core = self.engine.coordinator.resolved.core
-        place = [member.rank for member in message.members].index(self.rank)
-        self.worker = SimWorker(core, self.rank, place, NUM_BLOCKS, message.term, message.epoch)
+        resolved = self.engine.coordinator.resolved
+        place = resolved.layout.replica_of(self.rank) % resolved.core.replicas_per_group
+        blocks = self.engine.num_blocks(self.rank)
+        self.worker = SimWorker(resolved.core, self.rank, place, blocks, message.term, message.epoch)
         digest = config_digest(self.config)
-        return Ready(message.term, message.epoch, self.rank, digest, NUM_BLOCKS, 4096, 1000, 0.1)
+        return Ready(message.term, message.epoch, self.rank, digest, blocks, 4096, 1000, 0.1)
 
     def beat(self, step: int = 0, inside: bool = False) -> None:
         self.dealer.send(BeatWorker(1, 1, self.rank, step, 0, inside))
@@ -149,14 +182,23 @@ class RawClient:
         self.hello()
         return await self.read(WelcomeClient)
 
-    def submit(self, request_id: str, max_tokens: int = 8, n: int = 1) -> None:
-        prompt = np.arange(5, 12, dtype=np.int32)
+    def submit(self, request_id: str, max_tokens: int = 8, n: int = 1, dp_rank: int = -1) -> None:
         self.dealer.send(
-            Submit(1, request_id, prompt, SamplingSpec(seed=3), max_tokens, n=n, seed_given=True, ignore_eos=True)
+            Submit(
+                1,
+                request_id,
+                np.asarray(PROMPT, dtype=np.int32),
+                SamplingSpec(seed=SEED),
+                max_tokens,
+                n=n,
+                seed_given=True,
+                ignore_eos=True,
+                data_parallel_rank=dp_rank,
+            )
         )
 
-    async def accepted(self, request_id: str, max_tokens: int = 8, n: int = 1) -> Accepted:
-        self.submit(request_id, max_tokens, n)
+    async def accepted(self, request_id: str, max_tokens: int = 8, n: int = 1, dp_rank: int = -1) -> Accepted:
+        self.submit(request_id, max_tokens, n, dp_rank)
         return await self.read(Accepted)
 
     async def status(self) -> EngineStatus:
@@ -182,9 +224,19 @@ class RawClient:
 
 
 class SimulatedEngine:
-    """A coordinator with its supervisor's socket in the test's hands. Ranks join by :meth:`start_ranks`."""
+    """A coordinator with its supervisor's socket in the test's hands. Ranks join by :meth:`start_ranks`.
 
-    def __init__(self, config: EngineConfig, folder: Path) -> None:
+    ``layout``: other than that of the config. ``num_blocks``: KV blocks of a rank.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        folder: Path,
+        layout: Layout | None = None,
+        num_blocks: Callable[[int], int] = lambda rank: NUM_BLOCKS,
+    ) -> None:
+        self.num_blocks = num_blocks
         self.context: zmq.Context[Any] = zmq.Context()
         self.order = Order(
             config=config,
@@ -194,7 +246,8 @@ class SimulatedEngine:
             supervisor_token=TOKEN,
             owner_pid=os.getpid(),
         )
-        self.coordinator = Coordinator(self.order, resolve(config))
+        resolved = resolve(config)
+        self.coordinator = Coordinator(self.order, resolved if layout is None else laid_out(resolved, layout))
         self.run = asyncio.create_task(self.coordinator.run())
         self.supervisor: Dealer[ToSupervisor] = Dealer(self.context, self.order.worker_endpoint, Codec(ToSupervisor))
         self.ranks: dict[int, SimulatedRank] = {}
@@ -232,9 +285,16 @@ class SimulatedEngine:
 
 
 @asynccontextmanager
-async def simulated(config: EngineConfig, folder: Path, *, ranks: bool = True) -> AsyncIterator[SimulatedEngine]:
+async def simulated(
+    config: EngineConfig,
+    folder: Path,
+    *,
+    ranks: bool = True,
+    layout: Layout | None = None,
+    num_blocks: Callable[[int], int] = lambda rank: NUM_BLOCKS,
+) -> AsyncIterator[SimulatedEngine]:
     """A coordinator in this loop; with ``ranks`` the simulated ones join."""
-    engine = SimulatedEngine(config, folder)
+    engine = SimulatedEngine(config, folder, layout, num_blocks)
     try:
         if ranks:
             await engine.start_ranks()

@@ -34,7 +34,7 @@ class Driver:
         self.steps: deque[list[tuple[int, Step]]] = deque()
         self._calls = 0
         if epoch:
-            for group in range(1 if self.config.lockstep else len(num_blocks)):
+            for group in range(self.config.num_replicas // self.config.replicas_per_group):
                 self.core.open_epoch(group, 1)
 
     def submit(

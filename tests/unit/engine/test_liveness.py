@@ -45,6 +45,14 @@ def test_slow_steps_get_ten_times_their_median() -> None:
     assert clock.overdue(now + 10.1) is not None
 
 
+def test_a_step_that_fills_a_pipeline_gets_the_time_of_all_its_stages() -> None:
+    clock = GroupClock(None, stages=4)
+    now = run_steps(clock, LEASE_STEPS, 1.0)
+    clock.sent(0, 99, 1, now)
+    assert clock.overdue(now + 39.9) is None
+    assert clock.overdue(now + 40.1) is not None
+
+
 def test_a_prefill_gets_time_for_its_tokens() -> None:
     clock = GroupClock(None)
     now = run_steps(clock, LEASE_STEPS, 0.05, tokens=4)

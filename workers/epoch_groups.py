@@ -63,7 +63,8 @@ class EpochGroups:
             self._exchange = _exchange(self.ep, all2all_backend)
 
     def _form(self, form: FormGroup, name: str, ranks: tuple[int, ...], connect: bool = False) -> GroupCoordinator:
-        group = form(name, ranks, connect)
+        # Groups of one kind meet at one store: the first rank tells them apart.
+        group = form(f"{name}.{ranks[0]}", ranks, connect)
         self._all.append(group)
         return group
 

@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from drumline.protocol.errors import InvalidConfig
 
+MAX_CONFIG_BYTES = 16 << 20
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in the file at ``path``, at most ``MAX_CONFIG_BYTES``. Raises InvalidConfig for anything else."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise InvalidConfig(str(path), f"{size} bytes", f"at most {MAX_CONFIG_BYTES} bytes of JSON")
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise InvalidConfig("model", f"no {path.name} in {path.parent}", f"a folder with {path.name}") from None
+    except OSError as error:
+        raise InvalidConfig(str(path), str(error), "a readable file") from error
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise InvalidConfig(str(path), f"text that is not JSON ({error})", "a JSON object") from error
+    if not isinstance(value, dict):
+        raise InvalidConfig(str(path), f"JSON of type {type(value).__name__}", "a JSON object")
+    return value
+
 
 class ConfigFields:
     """The fields of one JSON object; every method raises InvalidConfig that names the field and its file.
 
-    ``null`` and a missing field are the same. A field without a ``default`` is required.
+    ``null`` and a missing field are the same, except to :meth:`has`. A field without a ``default`` is required.
+    ``path`` is what messages call the source.
     """
 
-    def __init__(self, values: dict[str, Any], path: Path, prefix: str = "") -> None:
+    def __init__(self, values: dict[str, Any], path: Path | str, prefix: str = "") -> None:
         self._values = values
         self._path = path
         self._prefix = prefix
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there, be it ``null``."""
+        return name in self._values
+
+    def objects(self) -> list[str]:
+        """The names of the fields that hold an object."""
+        return [name for name, value in self._values.items() if isinstance(value, dict)]
 
     def raw(self, name: str) -> Any:
         """The value as JSON gave it, None when absent."""
@@ -58,6 +91,22 @@ class ConfigFields:
         if not above < value < 1e300 or not math.isfinite(value):
             raise self.invalid(name, value, f"a finite number above {above:g}")
         return float(value)
+
+    def factor(self, name: str) -> float:
+        """A finite number above 0; 0 when it is absent or 0."""
+        value = self._values.get(name)
+        if value is None or (value == 0 and not isinstance(value, bool)):
+            return 0.0
+        return self.number(name, above=0.0)
+
+    def one_of(self, name: str, valid: Sequence[str], *, default: str) -> str:
+        """One of the words of ``valid``."""
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, str) or value not in valid:
+            raise self.invalid(name, value, "one of " + ", ".join(valid))
+        return value
 
     def boolean(self, name: str, *, default: bool) -> bool:
         """true or false; ``default`` when absent."""

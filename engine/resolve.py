@@ -12,8 +12,10 @@ from pathlib import Path
 
 import msgspec
 
-from drumline.engine.config import EngineConfig, check_chunked_prefill
+from drumline.engine.config import DTYPES, EngineConfig, check_chunked_prefill
 from drumline.engine.core.config import CoreConfig
+from drumline.engine.parallel_config import DEFAULT_DISTRIBUTED_TIMEOUT_S
+from drumline.engine.parallel_layout import layout_warnings, parallel_layout
 from drumline.protocol.checkpoint import CheckpointIndex
 from drumline.protocol.codec import config_digest
 from drumline.protocol.errors import InvalidConfig
@@ -21,7 +23,6 @@ from drumline.protocol.layout import Layout
 from drumline.protocol.messages import I32, ModelInfo, WorkerConfig
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.placement import initial_placement
-from drumline.protocol.shards import check_model
 
 MAX_TOKENIZER_BYTES = 48 << 20
 DEMO = "demo"
@@ -45,6 +46,11 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
     placements: Mapping[int, I32]
     tokenizer: Path | None
     warnings: tuple[str, ...] = ()
+
+    def in_folder(self, runtime_dir: str) -> ResolvedConfig:
+        """The same engine, whose ranks find what they share on their host in ``runtime_dir``."""
+        worker = msgspec.structs.replace(self.worker, runtime_dir=runtime_dir)
+        return msgspec.structs.replace(self, worker=worker, digest=config_digest(worker))
 
     def model_info(self, blocks_per_replica: int) -> ModelInfo:
         """What clients are told. ``blocks_per_replica``: KV blocks of the smallest replica."""
@@ -89,26 +95,20 @@ def resolve(config: EngineConfig) -> ResolvedConfig:
     spec = ModelSpec.from_folder(folder)
     CheckpointIndex.open(folder)
     parallel = config.parallel
-    layout = Layout(
-        data_parallel_size=parallel.data_parallel_size,
-        pipeline_parallel_size=parallel.pipeline_parallel_size,
-        tensor_parallel_size=parallel.tensor_parallel_size,
-        enable_expert_parallel=parallel.enable_expert_parallel,
-    )
-    check_model(layout, spec)
+    layout = parallel_layout(parallel, spec)
     max_model_len = _max_model_len(config, spec)
     check_chunked_prefill(config.scheduler, max_model_len)
     groups = tuple(
         tuple(rank for dp_rank in replicas for rank in layout.replica_ranks(dp_rank))
         for replicas in layout.lockstep_groups(spec.is_moe)
     )
-    worker = _worker_config(config, folder, max_model_len, layout.num_ranks)
+    worker = _worker_config(config, folder, max_model_len, layout, compute_dtype(config, spec))
     placements: dict[int, I32] = {}
     if spec.is_moe:
-        ep_size = layout.ep_size if parallel.enable_expert_parallel else 1
         strategy = parallel.expert_placement_strategy
+        # Sharded experts (no expert parallel) are all on every rank, one slot each.
         placements = {
-            number: initial_placement(len(spec.moe_layers), spec.num_experts, ep_size, strategy)
+            number: initial_placement(len(spec.moe_layers), spec.num_experts, layout.ep_size, strategy)
             for number in range(len(groups))
         }
     return ResolvedConfig(
@@ -121,7 +121,7 @@ def resolve(config: EngineConfig) -> ResolvedConfig:
         groups=groups,
         placements=placements,
         tokenizer=_tokenizer(config, folder),
-        warnings=_warnings(config, spec),
+        warnings=(*_dtype_warnings(config, spec), *layout_warnings(parallel, layout, spec)),
     )
 
 
@@ -137,11 +137,19 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     return config.max_model_len
 
 
-def _worker_config(config: EngineConfig, folder: Path, max_model_len: int, num_ranks: int) -> WorkerConfig:
-    cache = config.cache
+def compute_dtype(config: EngineConfig, spec: ModelSpec) -> str:
+    """The dtype of weights and activations: as asked for, or the checkpoint's where it is one to compute in."""
+    if config.dtype != "auto":
+        return config.dtype
+    return spec.dtype if spec.dtype in DTYPES else "float32"
+
+
+def _worker_config(config: EngineConfig, folder: Path, max_model_len: int, layout: Layout, dtype: str) -> WorkerConfig:
+    cache, parallel = config.cache, config.parallel
+    first = parallel.local_ranks.start if parallel.local_ranks else 0
     return WorkerConfig(
         model=str(folder.resolve()),
-        dtype="float32",
+        dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
@@ -149,14 +157,25 @@ def _worker_config(config: EngineConfig, folder: Path, max_model_len: int, num_r
         num_blocks=cache.num_gpu_blocks_override or 0,
         kv_cache_memory_bytes=cache.kv_cache_memory_bytes or 0,
         gpu_memory_utilization=cache.gpu_memory_utilization,
-        data_parallel_size=config.parallel.data_parallel_size,
-        tensor_parallel_size=config.parallel.tensor_parallel_size,
-        pipeline_parallel_size=config.parallel.pipeline_parallel_size,
-        enable_expert_parallel=config.parallel.enable_expert_parallel,
-        expert_placement_strategy=config.parallel.expert_placement_strategy,
+        data_parallel_size=layout.data_parallel_size,
+        tensor_parallel_size=layout.tensor_parallel_size,
+        pipeline_parallel_size=layout.pipeline_parallel_size,
+        enable_expert_parallel=layout.enable_expert_parallel,
+        expert_placement_strategy=parallel.expert_placement_strategy,
         seed=config.seed,
-        local_ranks=num_ranks,
+        # Sockets are on loopback, so that ranks started elsewhere share this machine's cores and memory too.
+        local_ranks=layout.num_ranks,
         fault_injection=config.fault_injection,
+        attention_data_parallel_size=layout.attention_data_parallel_size,
+        pipeline_partition=layout.pipeline_partition,
+        all2all_backend=parallel.all2all_backend,
+        kv_cache_dtype=cache.kv_cache_dtype,
+        worker_cls=parallel.worker_cls,
+        worker_extension_cls=parallel.worker_extension_cls,
+        distributed_timeout_s=float(parallel.distributed_timeout or DEFAULT_DISTRIBUTED_TIMEOUT_S),
+        max_parallel_loading_workers=parallel.max_parallel_loading_workers or 0,
+        first_local_rank=first,
+        first_local_device=(parallel.data_parallel_rank_local or 0) * layout.world_size,
     )
 
 
@@ -203,7 +222,8 @@ def _tokenizer(config: EngineConfig, folder: Path) -> Path | None:
     return path.resolve()
 
 
-def _warnings(config: EngineConfig, spec: ModelSpec) -> tuple[str, ...]:
-    if config.dtype == "auto" and spec.dtype != "float32":
-        return (f"the checkpoint is {spec.dtype}; this version computes in float32",)
+def _dtype_warnings(config: EngineConfig, spec: ModelSpec) -> tuple[str, ...]:
+    dtype = compute_dtype(config, spec)
+    if config.dtype == "auto" and dtype != spec.dtype:
+        return (f"the checkpoint is {spec.dtype}; it is computed in {dtype}",)
     return ()

@@ -12,6 +12,7 @@ from drumline.protocol.errors import InvalidConfig
 
 # sun_path holds 108 bytes on Linux; the rest is left for suffixes that a listener may add.
 MAX_IPC_PATH_BYTES = 100
+BACKLOG = 1024
 
 VALID = "ipc:///absolute/path (at most 100 bytes) or tcp://127.0.0.1:PORT"
 _NEEDS_KEYS = "a loopback address; any other interface needs CURVE keys on both sides, and none are configured"
@@ -62,6 +63,33 @@ def _check_address(endpoint: str, address: str) -> None:
         raise InvalidConfig("endpoint", endpoint, f"{_NEEDS_KEYS}; a wildcard is never bound")
     if not ip.is_loopback:
         raise InvalidConfig("endpoint", endpoint, _NEEDS_KEYS)
+
+
+def bind_tcp(host: str, port: int = 0) -> tuple[socket.socket, int]:
+    """A TCP socket that listens on ``host``, an address of this machine, at ``port`` (0: a free one), and its port.
+
+    Whoever publishes the port keeps the socket, or hands it on, so that nobody else can take the port in between.
+    Raises InvalidConfig with ``field`` host or port for a wildcard, a name, or what cannot be bound.
+    """
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        raise InvalidConfig("host", host, "an IP address of this machine, such as 127.0.0.1") from None
+    if ip.is_unspecified:
+        raise InvalidConfig("host", host, "one address, such as 127.0.0.1; a wildcard is never bound")
+    if not 0 <= port <= 65535:
+        raise InvalidConfig("port", port, "0 (a free one) to 65535")
+    bound = socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        # Two sockets may share a port that neither of them listens on.
+        bound.listen(BACKLOG)
+    except OSError as error:
+        bound.close()
+        found = f"{port} on {host} ({error.strerror})"
+        raise InvalidConfig("port", found, "0 (a free one), or a port that no other process listens on") from error
+    return bound, int(bound.getsockname()[1])
 
 
 def clear_stale_path(endpoint: str) -> None:

@@ -151,11 +151,13 @@ class WelcomeWorker(Message, frozen=True, tag=1):
 
 
 class OpenStore(Message, frozen=True, tag=2):
-    """Open the epoch's TCPStore on ``host`` (an explicit address), bound before its port is told."""
+    """Open the epoch's TCPStore on ``host`` (an explicit address) at ``port`` (0: any free one), bound before its port
+    is told."""
 
     term: int
     epoch: int
     host: str
+    port: int = 0
 
 
 class Configure(Message, frozen=True, tag=3):
@@ -497,7 +499,8 @@ class StatusReport(Message, frozen=True, tag=77):
 
 
 class Event(Message, frozen=True, tag=78):
-    """Something worth telling: ``kind`` is starting, loading, ready, warning, fault, closing."""
+    """Something worth telling: ``kind`` is starting, waiting (for ranks that somebody else starts), loading, ready,
+    warning, fault, closing."""
 
     kind: str
     text: str

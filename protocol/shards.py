@@ -58,18 +58,17 @@ def layer_split(num_layers: int, stages: int, partition: tuple[int, ...] = ()) -
 
     Raises InvalidConfig when the partition does not add up, or there are fewer layers than stages.
     """
+    if not 1 <= stages <= num_layers:
+        raise InvalidConfig("pipeline_parallel_size", stages, f"1 to {num_layers}, the layers of the model")
+    share, more = divmod(num_layers, stages)
+    sizes = [share] * stages
+    for i in range(more):
+        sizes[(stages - 2 - i) % stages] += 1
     if partition:
         if len(partition) != stages or sum(partition) != num_layers or min(partition) < 1:
-            valid = f"{stages} numbers of layers from 1 that add up to {num_layers}"
+            valid = f"{stages} numbers of layers from 1 that add up to {num_layers}, such as {sizes}"
             raise InvalidConfig("pipeline_partition", list(partition), valid)
         sizes = list(partition)
-    else:
-        if not 1 <= stages <= num_layers:
-            raise InvalidConfig("pipeline_parallel_size", stages, f"1 to {num_layers}, the layers of the model")
-        share, more = divmod(num_layers, stages)
-        sizes = [share] * stages
-        for i in range(more):
-            sizes[(stages - 2 - i) % stages] += 1
     ends = list(accumulate(sizes))
     return tuple((end - size, end) for size, end in zip(sizes, ends, strict=True))
 
@@ -123,26 +122,39 @@ def check_model(layout: Layout, spec: ModelSpec) -> None:
         raise InvalidConfig("enable_expert_parallel", True, "False (the model has no experts)")
     _check_heads(layout, spec)
     _check_channels(layout, spec)
-    if layout.ep_size > max(spec.num_experts, 1):
-        raise InvalidConfig(
-            "data_parallel_size",
-            layout.data_parallel_size,
-            f"1 to {max(spec.num_experts // layout.tensor_parallel_size, 1)} at tensor_parallel_size "
-            f"{layout.tensor_parallel_size} (each rank needs one of {spec.num_experts} experts)",
-        )
+    _check_experts(layout, spec)
+
+
+def _check_experts(layout: Layout, spec: ModelSpec) -> None:
+    """With expert parallel each rank of a stage needs one expert at least."""
+    experts, tp = max(spec.num_experts, 1), layout.tensor_parallel_size
+    if layout.ep_size <= experts:
+        return
+    needs = f"each rank needs one of {spec.num_experts} experts"
+    if tp > experts:
+        sizes = [n for n in _tensor_parallel_sizes(layout, spec) if n <= experts]
+        raise InvalidConfig("tensor_parallel_size", tp, f"one of {_listed(sizes)}: {needs}")
+    valid = f"1 to {experts // tp} at tensor_parallel_size {tp} ({needs})"
+    raise InvalidConfig("data_parallel_size", layout.data_parallel_size, valid)
 
 
 def _check_heads(layout: Layout, spec: ModelSpec) -> None:
     attn_tp, attn_dp = layout.attn_tp_size, layout.attention_data_parallel_size
     wide = f" with {attn_dp} attention replicas" if attn_dp > 1 else ""
     if spec.num_heads % attn_tp:
-        sizes = [n * attn_dp for n in divisors(spec.num_heads) if _kv_fit(spec.num_kv_heads, n)]
-        valid = f"one of {_listed(sizes)}{wide}: {spec.num_heads} attention heads are shared out evenly"
-        raise InvalidConfig("tensor_parallel_size", layout.tensor_parallel_size, valid)
-    if not _kv_fit(spec.num_kv_heads, attn_tp):
-        sizes = [n * attn_dp for n in divisors(spec.num_heads) if _kv_fit(spec.num_kv_heads, n)]
-        valid = f"one of {_listed(sizes)}{wide}: a divisor or a multiple of {spec.num_kv_heads} KV heads"
-        raise InvalidConfig("tensor_parallel_size", layout.tensor_parallel_size, valid)
+        why = f"{spec.num_heads} attention heads are shared out evenly"
+    elif not _kv_fit(spec.num_kv_heads, attn_tp):
+        why = f"a divisor or a multiple of {spec.num_kv_heads} KV heads"
+    else:
+        return
+    valid = f"one of {_listed(_tensor_parallel_sizes(layout, spec))}{wide}: {why}"
+    raise InvalidConfig("tensor_parallel_size", layout.tensor_parallel_size, valid)
+
+
+def _tensor_parallel_sizes(layout: Layout, spec: ModelSpec) -> list[int]:
+    """The sizes by which the heads can be shared out, with as many attention replicas as ``layout`` has."""
+    sizes = (n for n in divisors(spec.num_heads) if _kv_fit(spec.num_kv_heads, n))
+    return [n * layout.attention_data_parallel_size for n in sizes]
 
 
 def _check_channels(layout: Layout, spec: ModelSpec) -> None:
@@ -156,13 +168,16 @@ def _check_channels(layout: Layout, spec: ModelSpec) -> None:
     if moe.shared_intermediate_size % tp:
         raise _uneven(tp, "the shared experts' intermediate size", moe.shared_intermediate_size)
     over = layout.expert_group_size
-    if not layout.enable_expert_parallel and moe.moe_intermediate_size % over:
-        sizes = _listed([n // tp for n in divisors(moe.moe_intermediate_size) if n % tp == 0])
-        valid = (
-            f"one of {sizes} at tensor_parallel_size {tp} (moe_intermediate_size {moe.moe_intermediate_size} is cut "
-            "over dp * tp ranks), or enable_expert_parallel"
-        )
-        raise InvalidConfig("data_parallel_size", layout.data_parallel_size, valid)
+    size = moe.moe_intermediate_size
+    if layout.enable_expert_parallel or size % over == 0:
+        return
+    cut = f"moe_intermediate_size {size} is cut over dp * tp ranks"
+    if size % tp:
+        sizes = [n for n in _tensor_parallel_sizes(layout, spec) if size % n == 0]
+        raise InvalidConfig("tensor_parallel_size", tp, f"one of {_listed(sizes)} ({cut}), or enable_expert_parallel")
+    sizes = [n // tp for n in divisors(size) if n % tp == 0]
+    valid = f"one of {_listed(sizes)} at tensor_parallel_size {tp} ({cut}), or enable_expert_parallel"
+    raise InvalidConfig("data_parallel_size", layout.data_parallel_size, valid)
 
 
 def _uneven(tp: int, what: str, size: int) -> InvalidConfig:

@@ -104,7 +104,7 @@ class Worker:
     def _open_store(self, message: OpenStore) -> None:
         if self._fence.is_stale(message.term, message.epoch):
             return
-        store, host, port = open_store(message.host, 0, STORE_DEADLINE_S)
+        store, host, port = open_store(message.host, message.port, STORE_DEADLINE_S)
         self._store = store
         self._control.send(StoreReady(message.term, message.epoch, self._me.rank, host, port))
 

@@ -7,14 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
-from drumline.engine.config import (
-    DTYPES,
-    PLACEMENT_STRATEGIES,
-    CacheConfig,
-    EngineConfig,
-    ParallelConfig,
-    SchedulerConfig,
-)
+from drumline.engine.commands.parallel_options import PARALLEL_FIELDS, PARALLEL_OPTIONS
+from drumline.engine.config import DTYPES, CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,27 +16,13 @@ _OPTIONS = [
     click.option("--model", default="demo", show_default=True, metavar="PATH", help='Model folder, or "demo".'),
     click.option("--tokenizer", metavar="PATH", help="Tokenizer folder or tokenizer.json; default: the model's own."),
     click.option("--served-model-name", metavar="NAME", help="What the model is called in outputs."),
-    click.option("--dtype", type=click.Choice(DTYPES), help="Data type of weights and activations; default: auto."),
+    click.option(
+        "--dtype",
+        metavar="NAME",
+        help=f"Of the weights: {', '.join(DTYPES)}; default: auto, the checkpoint's.",
+    ),
     click.option("--max-model-len", type=int, metavar="N", help="Longest context in tokens; default: the model's own."),
-    click.option(
-        "--data-parallel-size",
-        "-dp",
-        type=int,
-        metavar="N",
-        help="Engine replicas that serve side by side; default: 1.",
-    ),
-    click.option(
-        "--tensor-parallel-size", "-tp", type=int, metavar="N", help="Ranks that share each layer; default: 1."
-    ),
-    click.option("--pipeline-parallel-size", "-pp", type=int, metavar="N", help="Pipeline stages; default: 1."),
-    click.option(
-        "--enable-expert-parallel", is_flag=True, default=None, help="Split the experts of each layer over the ranks."
-    ),
-    click.option(
-        "--expert-placement-strategy",
-        type=click.Choice(PLACEMENT_STRATEGIES),
-        help="Which rank holds which experts; default: linear.",
-    ),
+    *PARALLEL_OPTIONS,
     click.option(
         "--max-num-seqs", type=int, metavar="N", help="Sequences that run together, per replica; default: 256."
     ),
@@ -51,6 +31,9 @@ _OPTIONS = [
     ),
     click.option("--block-size", type=int, metavar="N", help="Tokens per KV block; default: 16."),
     click.option("--kv-cache-memory-bytes", type=int, metavar="BYTES", help="KV cache of each rank."),
+    click.option(
+        "--kv-cache-dtype", metavar="NAME", help=f"Of the KV cache: {', '.join(DTYPES)}; default: auto, the model's."
+    ),
     click.option("--num-gpu-blocks-override", type=int, metavar="N", help="KV blocks of each rank."),
     click.option("--gpu-memory-utilization", type=float, metavar="F", help="Share of GPU memory to use; default: 0.9."),
     click.option(
@@ -67,23 +50,17 @@ _OPTIONS = [
         "--async-scheduling/--no-async-scheduling", default=None, help="Plan a step while one runs; default: on."
     ),
 ]
-_PARALLEL = (
-    "data_parallel_size",
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "enable_expert_parallel",
-    "expert_placement_strategy",
-)
 _CACHE = (
     "block_size",
     "kv_cache_memory_bytes",
     "num_gpu_blocks_override",
     "gpu_memory_utilization",
     "enable_prefix_caching",
+    "kv_cache_dtype",
 )
 _SCHEDULER = ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "async_scheduling")
 _ENGINE = ("model", "tokenizer", "served_model_name", "dtype", "max_model_len")
-ENGINE_OPTIONS = (*_ENGINE, *_PARALLEL, *_CACHE, *_SCHEDULER)
+ENGINE_OPTIONS = (*_ENGINE, *PARALLEL_FIELDS, *_CACHE, *_SCHEDULER)
 
 
 def engine_options(command: F) -> F:
@@ -103,7 +80,7 @@ def engine_config(flags: dict[str, Any], seed: int | None) -> EngineConfig:
     return EngineConfig(
         **given(_ENGINE),
         **seeds,
-        parallel=ParallelConfig(**given(_PARALLEL)),
+        parallel=ParallelConfig(**given(PARALLEL_FIELDS)),
         cache=CacheConfig(**given(_CACHE)),
         scheduler=SchedulerConfig(**given(_SCHEDULER)),
     )

@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.status import Status
 
+from drumline.engine.commands.parallel_options import describe_sizes
 from drumline.engine.config import EngineConfig
 from drumline.protocol.messages import Event
 
@@ -31,6 +32,8 @@ class StartProgress:
             self._say(f"fault: {event.text}")
         elif event.kind == "warning":
             self._say(f"warning: {event.text}")
+        elif event.kind == "waiting":
+            self._say(event.text)
         elif event.kind == "loading" and event.rank >= 0:
             self._loading[event.rank] = (event.done, event.total)
             self._show(self._loading_text())
@@ -75,6 +78,4 @@ def _share(done: int, total: int) -> str:
 
 
 def _describe(config: EngineConfig) -> str:
-    ranks = config.parallel.data_parallel_size
-    experts = ", expert parallel" if config.parallel.enable_expert_parallel else ""
-    return f"{config.served_model_name or config.model} on {ranks} rank{'s' if ranks > 1 else ''}{experts}"
+    return f"{config.served_model_name or config.model} on {describe_sizes(config.parallel)}"

@@ -60,7 +60,9 @@ class Epochs:
         if len(group.ranks) == 1:
             return self._configure(group, "", 0)
         group.stage = GroupStage.OPENING_STORE
-        return self._to(group.ranks[0], OpenStore(self._config.term, group.epoch, self._config.store_host))
+        config = self._config
+        port = config.store_port + group_id if config.store_port else 0
+        return self._to(group.ranks[0], OpenStore(config.term, group.epoch, config.store_host, port))
 
     def store_ready(self, record: RankRecord, message: StoreReady, now: float) -> list[Output]:
         """The epoch's store listens: everybody may come to it."""

@@ -120,7 +120,9 @@ class Refusals:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MembershipConfig:
     """``groups``: the ranks of each lockstep group. ``placements``: expert slots of a group, int32 (moe_layers, slots),
-    for groups that have any. ``start_deadline_s``: longest time without progress during a start."""
+    for groups that have any. ``start_deadline_s``: longest time without progress during a start. ``external_ranks`` are
+    started by somebody else and show ``launch_token``. ``store_port``: port of the first group's store, each next group
+    takes the next port; 0: any free ones."""
 
     term: int
     groups: Sequence[Sequence[int]]
@@ -130,3 +132,6 @@ class MembershipConfig:
     placements: Mapping[int, I32] = field(default_factory=dict)
     store_host: str = "127.0.0.1"
     start_deadline_s: float = 120.0
+    external_ranks: frozenset[int] = frozenset()
+    launch_token: str = ""
+    store_port: int = 0

@@ -1,10 +1,11 @@
 """Who belongs to the engine: messages in, messages out, with deadlines; no I/O.
 
-A start: the supervisor says hello; every rank is spawned with a launch token drawn for it alone; its Hello is checked
-(token, version, incarnation) and welcomed. When all ranks of a lockstep group are there, the group's epoch forms, which
+A start: the supervisor says hello; every rank is spawned with a launch token drawn for it alone, or is started by
+somebody else who was given the token of all such ranks; its Hello is checked (token, version, incarnation) and
+welcomed. When all ranks of a lockstep group are there, the group's epoch forms, which
 :mod:`~drumline.engine.core.epochs` sees to. Every message that is waited for has a deadline; who misses it is lost.
 
-Identity is (rank, incarnation). A launch token admits one incarnation: a second Hello with it is refused and counted,
+Identity is (rank, incarnation). A launch token admits one incarnation of a rank: a second Hello is refused and counted,
 as is everything from a peer that has not said Hello, that speaks for another rank, or that belongs to an older
 (term, epoch).
 """
@@ -28,6 +29,7 @@ from drumline.engine.core.members import (
     ToOwner,
     ToPeer,
 )
+from drumline.engine.core.start_deadlines import overdue_rank, waiting_for
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
@@ -62,6 +64,9 @@ class Membership:
         self.supervisor_pid = 0
         self.groups = [GroupRecord(number, tuple(ranks)) for number, ranks in enumerate(config.groups)]
         self.ranks = {rank: RankRecord(rank, group.id) for group in self.groups for rank in group.ranks}
+        for rank in config.external_ranks:
+            self.ranks[rank].token = config.launch_token
+            self.ranks[rank].progress_at = now
         self._rank_of: dict[bytes, RankRecord] = {}
         self._evidence = Evidence()
         self.refusals = Refusals()
@@ -82,6 +87,11 @@ class Membership:
         """The socket identities of all ranks that have said Hello, lost ones too: their processes may live on."""
         return tuple(self._rank_of)
 
+    @property
+    def awaited(self) -> tuple[int, ...]:
+        """The ranks that somebody else starts and that have not said Hello yet, ascending."""
+        return tuple(rank for rank in sorted(self._config.external_ranks) if not self.ranks[rank].incarnation)
+
     def is_owner(self, peer: bytes) -> bool:
         """Whether ``peer`` is the supervisor; whatever it says counts as a sign of life."""
         if peer != self._owner:
@@ -96,7 +106,7 @@ class Membership:
     # ------------------------------------------------------------------------------------------------- hello
 
     def supervisor_hello(self, peer: bytes, hello: HelloSupervisor, now: float) -> list[Output]:
-        """Spawn every rank that has no process; a second hello of the same supervisor changes nothing."""
+        """Spawn every rank that is started here; a second hello of the same supervisor changes nothing."""
         if not _same(hello.token, self._config.supervisor_token):
             self.refusals.wrong_token += 1
             return []
@@ -110,6 +120,8 @@ class Membership:
         self.supervisor_pid = hello.pid
         outputs: list[Output] = []
         for record in self.ranks.values():
+            if record.rank in self._config.external_ranks:
+                continue
             record.token = self._new_token()
             record.progress_at = now
             outputs.append(ToOwner(peer, Spawn(record.rank, record.token)))
@@ -268,31 +280,16 @@ class Membership:
             text = f"supervisor (pid {self.supervisor_pid}) has not been heard for {SILENCE_S:g} s"
             self._evidence.final(-1, ErrorInfo(kind="engine_closed", text=text), now)
             return
-        overdue: list[tuple[int, float, float, int]] = []
         for record in self.ranks.values():
             if record.peer is not None and now - record.heard_at > SILENCE_S:
                 text = f"rank {record.rank} (pid {record.pid}) has not been heard for {SILENCE_S:g} s"
                 self.declare_lost(record.rank, self._error(record, text), now)
                 return
-            if record.state is RankState.STARTING and now - record.progress_at > limit:
-                loaded = record.load_done / record.load_total if record.load_total else 0.0
-                overdue.append((int(record.peer is not None), loaded, record.progress_at, record.rank))
-        if overdue:
-            # The others only wait for the one that has come least far.
-            record = self.ranks[min(overdue)[-1]]
-            doing = self._waiting_for(record)
-            text = f"rank {record.rank} (pid {record.pid}) made no progress for {limit:g} s {doing}"
-            self.declare_lost(record.rank, self._error(record, text), now)
-
-    def _waiting_for(self, record: RankRecord) -> str:
-        if record.peer is None:
-            return "after it was spawned: it has not said Hello"
-        stage = self.groups[record.group].stage
-        if stage is GroupStage.GATHERING:
-            return "while its group gathered"
-        if stage is GroupStage.OPENING_STORE:
-            return "while the epoch's store was opened"
-        return f"while its epoch formed, with {record.load_done} of {record.load_total} bytes of weights loaded"
+        overdue = overdue_rank(self._config, self.groups, self.ranks, now)
+        if overdue is not None:
+            doing = waiting_for(self._config, self.groups[overdue.group], overdue)
+            text = f"rank {overdue.rank} (pid {overdue.pid}) made no progress for {limit:g} s {doing}"
+            self.declare_lost(overdue.rank, self._error(overdue, text), now)
 
     def _error(self, record: RankRecord, text: str) -> ErrorInfo:
         return ErrorInfo(

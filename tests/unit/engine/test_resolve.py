@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drumline.engine.config import EngineConfig, ParallelConfig, SchedulerConfig
+from drumline.engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from drumline.engine.resolve import model_folder, resolve
+from drumline.protocol.codec import config_digest
 from drumline.protocol.errors import InvalidConfig
 
 
@@ -98,10 +99,61 @@ def test_a_checkpoint_that_is_cut_short_names_both_sizes(folder: Path) -> None:
     assert str(size - 100) in text
 
 
-def test_experts_over_several_replicas_need_expert_parallelism() -> None:
-    error = refusal(EngineConfig("demo", parallel=ParallelConfig(data_parallel_size=2)))
-    assert error.info.field == "enable_expert_parallel"
-    assert error.info.found == "False"
+def test_experts_that_cannot_be_cut_over_the_replicas_are_refused() -> None:
+    error = refusal(EngineConfig("demo", parallel=ParallelConfig(data_parallel_size=7)))
+    assert error.info.field == "data_parallel_size"
+    assert "enable_expert_parallel" in error.info.valid
+
+
+def test_without_expert_parallelism_every_rank_holds_a_slice_of_every_expert() -> None:
+    resolved = resolve(EngineConfig("demo", parallel=ParallelConfig(data_parallel_size=2)))
+    assert resolved.groups == ((0, 1),)
+    assert resolved.layout.ep_size == 1
+    assert (resolved.placements[0] == np.arange(resolved.spec.num_experts)).all()
+
+
+def test_the_ranks_are_told_the_whole_layout() -> None:
+    parallel = ParallelConfig(
+        data_parallel_size=2,
+        tensor_parallel_size=4,
+        pipeline_parallel_size=2,
+        pipeline_partition=(3, 1),
+        enable_dp_attention=True,
+        enable_expert_parallel=True,
+        all2all_backend="all_to_all",
+        data_parallel_size_local=1,
+        data_parallel_rank=1,
+        data_parallel_rank_local=3,
+        max_parallel_loading_workers=2,
+        worker_cls="mine.Worker",
+        worker_extension_cls="mine:Extension",
+        distributed_timeout=7,
+    )
+    resolved = resolve(EngineConfig("demo", parallel=parallel, cache=CacheConfig(kv_cache_dtype="bfloat16")))
+    worker, layout = resolved.worker, resolved.layout
+    assert (layout.attention_data_parallel_size, layout.pipeline_partition, layout.num_replicas) == (2, (3, 1), 4)
+    assert (worker.attention_data_parallel_size, worker.pipeline_partition) == (2, (3, 1))
+    assert (worker.tensor_parallel_size, worker.pipeline_parallel_size, worker.data_parallel_size) == (4, 2, 2)
+    assert (worker.all2all_backend, worker.kv_cache_dtype) == ("all_to_all", "bfloat16")
+    assert worker.distributed_timeout_s == 7.0
+    assert (worker.worker_cls, worker.worker_extension_cls) == ("mine.Worker", "mine:Extension")
+    assert (worker.first_local_rank, worker.first_local_device, worker.local_ranks) == (8, 24, 16)
+    assert worker.max_parallel_loading_workers == 2
+    assert resolved.warnings == ()
+
+
+def test_attention_replicas_that_come_to_one_are_told() -> None:
+    parallel = ParallelConfig(tensor_parallel_size=2, enable_dp_attention=True)
+    (warning,) = resolve(EngineConfig("demo", parallel=parallel)).warnings
+    assert "enable_dp_attention changes nothing" in warning
+
+
+def test_the_runtime_folder_is_told_to_the_ranks_and_is_part_of_the_digest() -> None:
+    resolved = resolve(EngineConfig("demo"))
+    inside = resolved.in_folder("/tmp/drumline-x")
+    assert inside.worker.runtime_dir == "/tmp/drumline-x"
+    assert inside.digest != resolved.digest
+    assert inside.digest == config_digest(inside.worker)
 
 
 def test_more_ranks_than_experts_are_refused() -> None:
@@ -145,6 +197,21 @@ def test_a_tokenizer_folder_is_taken(folder: Path, tmp_path: Path) -> None:
     assert resolve(EngineConfig(str(folder), tokenizer=str(other))).tokenizer == (other / "tokenizer.json").resolve()
 
 
-def test_a_bfloat16_checkpoint_is_served_with_a_warning(folder: Path) -> None:
-    edit(folder, torch_dtype="bfloat16")
-    assert any("bfloat16" in warning for warning in resolve(EngineConfig(str(folder))).warnings)
+@pytest.mark.parametrize(
+    ("stored", "asked", "computed", "warned"),
+    [
+        ("float32", "auto", "float32", False),
+        ("bfloat16", "auto", "bfloat16", False),
+        ("float16", "auto", "float32", True),
+        ("float16", "bfloat16", "bfloat16", False),
+        ("float32", "bfloat16", "bfloat16", False),
+        ("bfloat16", "float32", "float32", False),
+    ],
+)
+def test_the_dtype_is_the_checkpoints_unless_it_is_a_half(
+    folder: Path, stored: str, asked: str, computed: str, warned: bool
+) -> None:
+    edit(folder, torch_dtype=stored)
+    resolved = resolve(EngineConfig(str(folder), dtype=asked))
+    assert resolved.worker.dtype == computed
+    assert any(stored in warning and computed in warning for warning in resolved.warnings) is warned

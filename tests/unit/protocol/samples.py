@@ -116,7 +116,7 @@ LONG_PROMPT = np.arange(600, dtype=np.int32)
 
 SAMPLES: tuple[m.Message, ...] = (
     m.WelcomeWorker(version=1, term=2, digest="0123456789abcdef", config=CONFIG),
-    m.OpenStore(term=2, epoch=3, host="127.0.0.1"),
+    m.OpenStore(term=2, epoch=3, host="127.0.0.1", port=29500),
     m.Configure(
         term=2,
         epoch=3,

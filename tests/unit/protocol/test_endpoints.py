@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from drumline.protocol.endpoints import MAX_IPC_PATH_BYTES, check_endpoint, clear_stale_path
+from drumline.protocol.endpoints import MAX_IPC_PATH_BYTES, bind_tcp, check_endpoint, clear_stale_path
 from drumline.protocol.errors import InvalidConfig
 
 
@@ -99,3 +99,43 @@ def test_a_plain_file_is_never_removed(tmp_path: Path) -> None:
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="existing folder"):
         clear_stale_path(f"ipc://{tmp_path}/none/s")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "::1"])
+def test_a_port_is_bound_before_it_is_known(host: str) -> None:
+    bound, port = bind_tcp(host)
+    with bound:
+        assert bound.getsockname()[:2] == (host, port)
+        with socket.create_connection((host, port), timeout=5.0):
+            pass
+        with pytest.raises(InvalidConfig, match="in use") as caught:
+            bind_tcp(host, port)
+        assert caught.value.field == "port"
+    again, same = bind_tcp(host, port)
+    again.close()
+    assert same == port
+
+
+def test_free_ports_are_never_handed_out_twice() -> None:
+    held = [bind_tcp("127.0.0.1") for _ in range(200)]
+    for bound, _ in held:
+        bound.close()
+    assert len({port for _, port in held}) == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "field"),
+    [
+        ("0.0.0.0", 0, "host"),
+        ("::", 0, "host"),
+        ("localhost", 0, "host"),
+        ("127.0.0.1", 65536, "port"),
+        ("127.0.0.1", -1, "port"),
+        ("192.0.2.1", 0, "port"),
+    ],
+)
+def test_what_cannot_be_bound_is_refused_by_name(host: str, port: int, field: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        bind_tcp(host, port)
+    assert caught.value.field == field
+    assert caught.value.info.valid

@@ -100,6 +100,8 @@ def test_bytes_from_before_there_were_lanes_still_decode() -> None:
         assert type(decoded).__name__ == name
         if isinstance(decoded, m.Step):
             assert (decoded.lane, decoded.admitted[0].lane) == (0, 0)
+        if isinstance(decoded, m.OpenStore):
+            assert decoded.port == 0
 
 
 def test_a_message_of_another_direction_is_not_taken() -> None:

@@ -1,0 +1,105 @@
+"""The flags that say over how many ranks an engine is spread and who starts them."""
+
+from __future__ import annotations
+
+import click
+
+from drumline.engine.config import ALL2ALL_BACKENDS, EXECUTOR_BACKENDS, PLACEMENT_STRATEGIES, ParallelConfig
+
+
+class LayersPerStage(click.ParamType):
+    """Whole numbers with commas between them."""
+
+    name = "layers"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...] | object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not whole numbers with commas between them, such as 2,3,2", param, ctx)
+
+
+def _choices(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:-1]) + " or " + names[-1]
+
+
+PARALLEL_OPTIONS = [
+    click.option(
+        "--tensor-parallel-size", "-tp", type=int, metavar="N", help="Ranks that share each layer; default: 1."
+    ),
+    click.option("--pipeline-parallel-size", "-pp", type=int, metavar="N", help="Pipeline stages; default: 1."),
+    click.option(
+        "--data-parallel-size", "-dp", type=int, metavar="N", help="Engine replicas side by side; default: 1."
+    ),
+    click.option(
+        "--enable-expert-parallel",
+        is_flag=True,
+        default=None,
+        help="Split the experts of a layer over the ranks of its stage; without it each expert is sharded over them.",
+    ),
+    click.option(
+        "--expert-placement-strategy",
+        type=click.Choice(PLACEMENT_STRATEGIES),
+        help="Which rank holds which experts; default: linear.",
+    ),
+    click.option(
+        "--enable-dp-attention",
+        is_flag=True,
+        default=None,
+        help="Where tp exceeds the KV heads: several KV caches with rows of their own, no copies of one.",
+    ),
+    click.option("--pipeline-partition", type=LayersPerStage(), metavar="N,N,...", help="Layers of each stage."),
+    click.option(
+        "--all2all-backend",
+        metavar="NAME",
+        help=f"How tokens reach their experts: {_choices(ALL2ALL_BACKENDS)}; default: {ALL2ALL_BACKENDS[0]}.",
+    ),
+    click.option(
+        "--distributed-executor-backend",
+        metavar="NAME",
+        help=f"Who starts the ranks: {_choices(EXECUTOR_BACKENDS)}; default: mp.",
+    ),
+    click.option("--data-parallel-size-local", type=int, metavar="N", help="Replicas started here; default: all."),
+    click.option("--data-parallel-rank", type=int, metavar="N", help="The first replica that is started here."),
+    click.option(
+        "--data-parallel-rank-local",
+        type=int,
+        metavar="N",
+        help="Its place on the devices, in replicas; default: 0.",
+    ),
+    click.option(
+        "--data-parallel-master-ip", metavar="IP", help="Where stores and worker socket listen; default: 127.0.0.1."
+    ),
+    click.option("--data-parallel-master-port", type=int, metavar="PORT", help="Of the epoch's store; default: any."),
+    click.option(
+        "--data-parallel-rpc-port", type=int, metavar="PORT", help="Of the worker socket; default: an ipc socket."
+    ),
+    click.option("--data-parallel-backend", metavar="NAME", help="Who starts replicas: mp."),
+    click.option("--max-parallel-loading-workers", type=int, metavar="N", help="Ranks that load at once."),
+    click.option("--worker-cls", metavar="MODULE.CLASS", help="The class of every rank; default: auto."),
+    click.option("--worker-extension-cls", metavar="MODULE.CLASS", help="A class whose methods every rank gets."),
+    click.option(
+        "--distributed-timeout", type=float, metavar="SECONDS", help="Deadline of a collective; default: 120."
+    ),
+]
+PARALLEL_FIELDS = tuple(ParallelConfig.__struct_fields__)
+
+
+def describe_sizes(parallel: ParallelConfig) -> str:
+    """``4 ranks, tensor parallel 2, pipeline 2, expert parallel``: what is more than one, and what is on."""
+    ranks = parallel.world_size_across_dp
+    parts = [f"{ranks} rank{'s' if ranks > 1 else ''}"]
+    for name, label in (("tensor", "tensor parallel"), ("pipeline", "pipeline"), ("data", "data parallel")):
+        size = getattr(parallel, f"{name}_parallel_size")
+        # Replicas of one rank each are what the number of ranks says already.
+        if size > 1 and not (name == "data" and parallel.world_size == 1):
+            parts.append(f"{label} {size}")
+    if parallel.enable_dp_attention:
+        parts.append("data parallel attention")
+    if parallel.enable_expert_parallel:
+        parts.append("expert parallel")
+    return ", ".join(parts)

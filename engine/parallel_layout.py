@@ -1,0 +1,57 @@
+"""From the sizes that a user asked for to the layout that this model can have with them."""
+
+from __future__ import annotations
+
+from drumline.engine.parallel_config import ParallelConfig
+from drumline.protocol.errors import InvalidConfig
+from drumline.protocol.layout import Layout
+from drumline.protocol.modelspec import ModelSpec
+from drumline.protocol.shards import attention_replicas, check_model
+
+_MAX_PORT = 65535
+
+
+def parallel_layout(parallel: ParallelConfig, spec: ModelSpec) -> Layout:
+    """The layout of ``parallel`` for ``spec``. Raises InvalidConfig (field, found, valid) when the model cannot be cut
+    so, naming the user's own field."""
+    tp, kv_heads = parallel.tensor_parallel_size, spec.num_kv_heads
+    attn_dp = attention_replicas(tp, kv_heads) if parallel.enable_dp_attention else 1
+    if tp % attn_dp:
+        valid = f"{kv_heads * attn_dp}, a multiple of {kv_heads} KV heads, while enable_dp_attention is True"
+        raise InvalidConfig("tensor_parallel_size", tp, valid)
+    layout = Layout(
+        data_parallel_size=parallel.data_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        tensor_parallel_size=tp,
+        enable_expert_parallel=parallel.enable_expert_parallel,
+        attention_data_parallel_size=attn_dp,
+        pipeline_partition=parallel.pipeline_partition or (),
+    )
+    check_model(layout, spec)
+    _check_ports(parallel, len(layout.lockstep_groups(spec.is_moe)))
+    return layout
+
+
+def _check_ports(parallel: ParallelConfig, groups: int) -> None:
+    """Each lockstep group has a store of its own, at a port of its own."""
+    first, rpc = parallel.data_parallel_master_port, parallel.data_parallel_rpc_port
+    if not first:
+        return
+    last = first + groups - 1
+    if last > _MAX_PORT:
+        valid = f"0, or at most {_MAX_PORT - groups + 1}: {groups} lockstep groups take a port each, from this one on"
+        raise InvalidConfig("data_parallel_master_port", first, valid)
+    if first <= rpc <= last:
+        valid = f"0, or a port outside of {first} to {last}, the stores of {groups} lockstep groups"
+        raise InvalidConfig("data_parallel_rpc_port", rpc, valid)
+
+
+def layout_warnings(parallel: ParallelConfig, layout: Layout, spec: ModelSpec) -> tuple[str, ...]:
+    """What was asked for and changes nothing here."""
+    if parallel.enable_dp_attention and layout.attention_data_parallel_size == 1:
+        text = (
+            f"enable_dp_attention changes nothing: tensor_parallel_size ({layout.tensor_parallel_size}) is less than "
+            f"twice the KV heads ({spec.num_kv_heads})"
+        )
+        return (text,)
+    return ()

@@ -53,6 +53,7 @@ bench = LazyGroup(
 main = LazyGroup(
     {
         "generate": ("drumline.engine.commands.generate:generate", "continue prompts with a model"),
+        "layout": ("drumline.engine.commands.layout:layout", "which rank holds what of a model"),
         "bench": ("drumline.engine.cli:bench", "measure drumline"),
     },
     name="drumline",

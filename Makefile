@@ -38,6 +38,9 @@ soak: $(SOAKS)  ## each soak-* target for MINUTES
 soak-sim: $(STAMP)
 	$(BIN)/python -m tests.simulation.soak --minutes $(MINUTES)
 
+soak-layouts: $(STAMP)  ## every model in every layout once, whatever MINUTES says
+	$(BIN)/python -m tests.parity.soak_layouts
+
 soak-stateless: $(STAMP)  ## at least 200,000 calls, whatever MINUTES says
 	$(BIN)/python -m tests.unit.protocol.soak_stateless --operations 100000 --minutes $(MINUTES)
 

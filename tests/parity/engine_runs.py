@@ -36,27 +36,27 @@ class Answer:
     num_cached_tokens: int = 0
 
 
-def mixed_prompts(vocab_size: int, seed: int) -> list[list[int]]:
-    """16 prompts of different lengths in random order; all of 40 tokens and more begin with the same 33."""
+def mixed_prompts(vocab_size: int, seed: int, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+    """Prompts of different lengths in random order; all of 40 tokens and more begin with the same 33."""
     draw = random.Random(seed)
     beginning = [draw.randrange(vocab_size) for _ in range(33)]
     prompts = []
-    for length in LENGTHS:
+    for length in lengths:
         own = [draw.randrange(vocab_size) for _ in range(length)]
         prompts.append((beginning + own)[:length] if length >= 40 else own)
     draw.shuffle(prompts)
     return prompts
 
 
-def scarce_config(model: Path | str, dp: int, *, moe: bool, strategy: str = "linear") -> EngineConfig:
-    """An engine with so little room that it has to chunk prompts and preempt."""
+def scarce_config(model: Path | str, parallel: ParallelConfig, *, replicas: int | None = None) -> EngineConfig:
+    """An engine with so little room that it has to chunk prompts and preempt. ``replicas``: attention replicas, where
+    they are not the engine replicas."""
+    blocks = SCARCE_BLOCKS[replicas or parallel.data_parallel_size]
     return EngineConfig(
         model=str(model),
         max_model_len=256,
-        parallel=ParallelConfig(
-            data_parallel_size=dp, enable_expert_parallel=moe and dp > 1, expert_placement_strategy=strategy
-        ),
-        cache=CacheConfig(num_gpu_blocks_override=SCARCE_BLOCKS[dp]),
+        parallel=parallel,
+        cache=CacheConfig(num_gpu_blocks_override=blocks),
         scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=24),
         # These runs ask what is computed; on a loaded machine a step may take its time.
         faults=FaultConfig(step_deadline_s=60.0),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from drumline.engine import AsyncEngine, SamplingParams
+from drumline.engine import AsyncEngine, ParallelConfig, SamplingParams
 from drumline.protocol.modelspec import ModelSpec
 from drumline.workers.noise import gumbel_noise
 from tests.checkpoints import VOCAB_SIZE, Checkpoints
@@ -36,6 +36,14 @@ LAYOUTS = [
     ("llama", 1, "linear"),
     ("llama", 2, "linear"),
 ]
+
+
+def replicas(dp: int, *, moe: bool = True, strategy: str = "linear") -> ParallelConfig:
+    """``dp`` engine replicas, with expert parallel where there are experts to spread."""
+    spread = moe and dp > 1
+    return ParallelConfig(
+        data_parallel_size=dp, enable_expert_parallel=spread, expert_placement_strategy=strategy if spread else "linear"
+    )
 
 
 @cache
@@ -66,7 +74,7 @@ async def test_greedy_tokens_and_logprobs_are_those_of_transformers(
     spec = ModelSpec.from_folder(str(folder))
     prompts = mixed_prompts(spec.vocab_size, seed=dp)
     greedy = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=5)
-    config = scarce_config(folder, dp, moe=spec.is_moe, strategy=strategy)
+    config = scarce_config(folder, replicas(dp, moe=spec.is_moe, strategy=strategy))
     answers, status = await run_engine(config, prompts, [greedy] * len(prompts))
 
     oracle = oracle_of(folder)
@@ -128,20 +136,20 @@ async def test_sampled_tokens_depend_on_seed_and_position_alone(name: str, check
         for number in range(len(prompts))
     ]
     oracle = oracle_of(folder)
-    one_rank, _ = await run_engine(scarce_config(folder, 1, moe=True), prompts, params)
+    one_rank, _ = await run_engine(scarce_config(folder, replicas(1)), prompts, params)
     check_sampled(oracle, one_rank, params)
 
     # Other company: another order, another layout; then each alone.
     order = list(range(len(prompts)))
     random.Random(5).shuffle(order)
     shuffled, _ = await run_engine(
-        scarce_config(folder, 2, moe=True), [prompts[i] for i in order], [params[i] for i in order]
+        scarce_config(folder, replicas(2)), [prompts[i] for i in order], [params[i] for i in order]
     )
     two_ranks = [shuffled[order.index(i)] for i in range(len(order))]
     check_sampled(oracle, two_ranks, params)
     same = count_same(one_rank, two_ranks)
 
-    async with AsyncEngine(scarce_config(folder, 1, moe=True)) as engine:
+    async with AsyncEngine(scarce_config(folder, replicas(1))) as engine:
         alone = [await answer(engine, prompts[i], params[i], f"alone-{i}") for i in range(4)]
     check_sampled(oracle, alone, params[:4])
     same_alone = count_same(one_rank[:4], alone)
@@ -152,13 +160,13 @@ async def test_another_seed_gives_other_tokens(checkpoints: Checkpoints) -> None
     folder = checkpoints("qwen3-moe")
     prompt = [3] * 10
     params = [SamplingParams(temperature=0.8, seed=seed, max_tokens=16, ignore_eos=True) for seed in (1, 2)]
-    answers, _ = await run_engine(scarce_config(folder, 1, moe=True), [prompt, prompt], params)
+    answers, _ = await run_engine(scarce_config(folder, replicas(1)), [prompt, prompt], params)
     assert answers[0].tokens != answers[1].tokens
 
 
 async def test_a_random_prompt_never_leaves_the_vocabulary(checkpoints: Checkpoints) -> None:
     params = SamplingParams(temperature=2.0, max_tokens=NEW_TOKENS, ignore_eos=True, n=3)
-    async with AsyncEngine(scarce_config(checkpoints("qwen3-moe"), 1, moe=True)) as engine:
+    async with AsyncEngine(scarce_config(checkpoints("qwen3-moe"), replicas(1))) as engine:
         seen: dict[int, list[int]] = {}
         async for out in engine.generate([1, 2, 3], params):
             seen[out.index] = out.token_ids

@@ -57,25 +57,25 @@ class PointToPoint:
         key, floor = self._key("send", seq, src, self._rank), self._key("floor", 0, src, self._rank)
         call.unseen = (src,)
 
-        def look() -> bytes | int | None:
-            raw = session.peek(key)
-            if raw is not None or (mark := session.peek(floor)) is None:
-                return raw
-            first = int(decode_object(mark, int))
-            return first if first > seq else None
+        def look() -> tuple[bytes, int] | None:
+            """The object and its number or, where the sender has given up, nothing and the number to go on with."""
+            if (raw := session.peek(key)) is not None:
+                return raw, seq
+            mark = session.peek(floor)
+            first = seq if mark is None else int(decode_object(mark, int))
+            return (b"", first) if first > seq else None
 
-        def ask(call: Call) -> bytes | int:
-            found: bytes | int | None = poll(call, look)
-            if found is None:
+        def ask(call: Call) -> tuple[bytes, int]:
+            if (found := poll(call, look)) is None:
                 raise call.late()
             return found
 
-        found = session.run(call, ask, (key,))
-        if isinstance(found, int):
-            self._received[src] = found - 1
-            raise StoreError(f"{call.what}: numbers {seq} to {found - 1} expired unread")
+        raw, number = session.run(call, ask, (key,))
+        if number > seq:
+            self._received[src] = number - 1
+            raise StoreError(f"{call.what}: numbers {seq} to {number - 1} expired unread")
         self._received[src] = seq
-        return found
+        return raw
 
     def expire(self, call: Call, before: float) -> None:
         """Give up what was written before ``before`` and is still unread; deletes it with the next operation."""

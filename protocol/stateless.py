@@ -70,9 +70,7 @@ class StatelessGroup:
         """
         if rank not in members or len(set(members)) != len(members):
             raise ProtocolError(f"rank {rank} and the members {list(members)} make no group")
-        for field, seconds in (("data_expiration_seconds", data_expiration_seconds), ("store_timeout", store_timeout)):
-            if not seconds > 0:
-                raise InvalidConfig(field, seconds, "a number of seconds above 0")
+        _check_seconds(data_expiration_seconds, store_timeout)
         self.rank = rank
         self.members = tuple(members)
         self.name = group_prefix(term, epoch, group)
@@ -115,6 +113,7 @@ class StatelessGroup:
             raise InvalidConfig("rank", rank, f"0 to {world_size - 1}")
         if not 1 <= port <= 65535:
             raise InvalidConfig("port", port, "1 to 65535; reserve_port takes a free one")
+        _check_seconds(data_expiration_seconds, store_timeout)
         if listener is not None and rank:
             raise InvalidConfig("listener", f"a socket on rank {rank}", "a socket on rank 0, None elsewhere")
         began = time.monotonic()
@@ -280,3 +279,9 @@ class StatelessGroup:
     def _check_member(self, rank: int) -> None:
         if rank not in self.members:
             raise ProtocolError(f"rank {rank} is not a member of {self.name}: {list(self.members)}")
+
+
+def _check_seconds(data_expiration_seconds: float, store_timeout: float) -> None:
+    for field, seconds in (("data_expiration_seconds", data_expiration_seconds), ("store_timeout", store_timeout)):
+        if not seconds > 0:
+            raise InvalidConfig(field, seconds, "a number of seconds above 0")

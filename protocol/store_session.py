@@ -64,14 +64,18 @@ class StoreSession:
             answers.append(ask(call))
             delete(read, call.over)
 
+        answered = False
         try:
             run_bounded(call, operation, self._abandoned)
+            answered = True
         except StoreError:
-            if not answers:
+            # Looked at once: the thread that was left behind may still find one, and must not have it deleted.
+            answered = bool(answers)
+            if not answered:
                 raise
         finally:
-            # What is deleted later, on a thread that was left behind, is deleted again without harm.
-            self._doomed = [key for key in (doomed + read if answers else doomed) if key not in deleted]
+            # What is deleted later, on such a thread, is deleted again without harm.
+            self._doomed = [key for key in (doomed + read if answered else doomed) if key not in deleted]
         return answers[0]
 
     def set(self, key: str, raw: bytes) -> None:

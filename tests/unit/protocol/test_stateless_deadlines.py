@@ -103,6 +103,17 @@ def test_every_operation_keeps_its_timeout(store: Player) -> None:
     assert_kept(0.5, lambda: group.broadcast_obj(b"", 0, 0.5), "64 broadcasts unread by rank 1, 2 within 0.5 s")
 
 
+def test_a_store_that_comes_back_has_lost_nothing(store: Player) -> None:
+    first, second = member(store), member(store, rank=1)
+    for number in range(3):
+        first.send_obj(number, 1)
+    assert second.recv_obj(0, timeout_s=20) == 0
+    store.signal(signal.SIGSTOP, "T")
+    failure(lambda: second.recv_obj(0, timeout_s=0.2))
+    store.signal(signal.SIGCONT, "S")
+    assert [second.recv_obj(0, timeout_s=20) for _ in range(2)] == [1, 2]
+
+
 def test_a_timeout_of_nothing_ends_at_once(store: Player) -> None:
     seconds, text = failure(lambda: member(store).barrier(0.0))
     assert "rank 1, 2 within 0 s" in text

@@ -70,7 +70,7 @@ def test_a_process_that_never_comes_is_named_by_all(stage: Stage) -> None:
 def test_a_dead_process_is_named_by_those_who_wait_for_it(stage: Stage) -> None:
     store = stage.start("store")
     port = store.hear("port")
-    waits: list[list[object]] = [["barrier", 30], ["say", "met"], ["recv_obj", 2, None, 1.5]]
+    waits: list[list[object]] = [["barrier", 30], ["say", "met"], ["barrier", 1.5]]
     survivors = [
         stage.start("member", port=port, rank=r, members=[0, 1, 2], name="dead", operations=waits) for r in (0, 1)
     ]
@@ -83,7 +83,7 @@ def test_a_dead_process_is_named_by_those_who_wait_for_it(stage: Stage) -> None:
     for player in survivors:
         kind, text = player.result()
         assert kind == "StoreError"
-        assert "receive 1 from rank 2 of 1.1/dead: nothing from rank 2 within 1.5 s" in text
+        assert "barrier 2 of 1.1/dead: nothing from rank 2 within 1.5 s" in text
 
 
 def test_groups_that_share_members_share_a_store(stage: Stage) -> None:

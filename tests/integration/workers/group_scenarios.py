@@ -120,6 +120,38 @@ def _check_messages(group: GroupCoordinator, dtype: torch.dtype, rows: int) -> N
     assert (found["n"], found["who"]) == (rows, [group.prev_rank])
 
 
+def messages_of_all_sizes(rank: Rank) -> str:
+    """More than an outbox has slots, in them and beside them; waited for in another order than they were sent in."""
+    group = rank.form_among("messages", (0, 1), connect=True)
+    sizes = [1, 0, 70_000, 3, 65_536, 65_537, 300_000, 10] * 16
+    other = 1 - rank.rank
+    arriving = []
+    for number, size in enumerate(sizes):
+        arriving.append(group.irecv((size,), torch.uint8, other))
+        group.isend(torch.full((size,), (number + rank.rank) % 251, dtype=torch.uint8), other)
+        if number % 50 == 49:
+            for back in range(50):
+                expected = torch.full((sizes[number - back],), (number - back + other) % 251, dtype=torch.uint8)
+                assert torch.equal(arriving[number - back].wait(), expected)
+    group.barrier(5.0)
+    group.close()
+    return "equal"
+
+
+def a_message_of_another_size(rank: Rank) -> str:
+    group = rank.form_among("messages", (0, 1), connect=True)
+    if rank.rank == 0:
+        group.send(torch.zeros(3), 1)
+        group.barrier(5.0)
+        return ""
+    group.barrier(5.0)
+    try:
+        group.recv((2,), torch.float32, 0)
+    except ProtocolError as error:
+        return error.text
+    return "taken"
+
+
 def _check_objects(group: GroupCoordinator) -> None:
     for src in group.ranks:
         for obj in ({"rank": src, "few": [1, 2]}, "x" * (5000 + src), None):

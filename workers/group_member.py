@@ -18,7 +18,8 @@ from drumline.workers.sockets import Sockets
 from drumline.workers.transfers import Transfers
 from drumline.workers.watch import Watch
 
-Ops = SharedOps | GlooOps | NcclOps | LocalOps
+HostOps = SharedOps | GlooOps | LocalOps
+Ops = HostOps | NcclOps
 
 
 class GroupMember:
@@ -47,14 +48,13 @@ class GroupMember:
         self._transfers: Transfers | None = None
         # Connecting waits for all ranks: not for when two of them have a message.
         self._may_transfer = connect
-        self._cpu_ops = self._device_ops = self._choose_ops(formed) if formed else LocalOps()
-        if self._nccl is not None:
-            self._device_ops = self._nccl
+        self._cpu_ops: HostOps = self._choose_ops(formed) if formed else LocalOps()
+        self._device_ops: Ops = self._nccl or self._cpu_ops
 
-    def _choose_ops(self, formed: Formed) -> Ops:
+    def _choose_ops(self, formed: Formed) -> HostOps:
         if formed.nccl is not None:
             self._nccl = NcclOps(formed.nccl, self._watch, self.position, self.size)
-        ops: Ops
+        ops: HostOps
         if formed.mailboxes is not None:
             self._carrier = Outboxes(formed.mailboxes, self._watch)
             ops = SharedOps(formed.mailboxes, self.size)

@@ -111,7 +111,7 @@ class GroupCoordinator(GroupMember):
         gathered = self._gather_flat(t, counts, position)
         if dst != self.rank:
             return None
-        parts = gathered.split(counts)
+        parts = gathered.split_with_sizes(counts)
         return torch.cat([part.view(n, width) for part, width in zip(parts, widths, strict=True)], 1)
 
     def reduce_scatter(self, t: Tensor, dim: int = 0) -> Tensor:

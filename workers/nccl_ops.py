@@ -78,7 +78,9 @@ class NcclOps:
 
     def irecv(self, data: Tensor, src: int) -> PendingRecv:
         """Start to receive a flat tensor from position ``src``."""
-        return NcclRecv(self.group.recv([data], src, 0), data, src, self._watch)
+        pending = NcclRecv(self.group.recv([data], src, 0), data, src, self._watch)
+        pending.result = data
+        return pending
 
     def close(self) -> None:
         """Give the communicator up, with all that is under way. Never blocks."""

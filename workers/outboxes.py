@@ -14,7 +14,6 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,7 +85,7 @@ class MemoryRecv(PendingRecv):
     def __init__(self, watch: Watch, peer: int, outboxes: Outboxes, data: Tensor, number: int) -> None:
         super().__init__(watch, peer)
         self._outboxes = outboxes
-        self.data = data
+        self.data = self.result = data
         self._number = number
 
     @property
@@ -196,13 +195,13 @@ class Outboxes:
         self._large.append(large)
         for other in idle:  # one of a size is kept while messages keep their size
             os.close(other.fd)
-        view, done = memoryview(np.asarray(data)), 0
+        view, done = data.numpy().data, 0
         while done < len(view):
             done += os.pwrite(large.fd, view[done:], done)
         return large.fd
 
     def _read_large(self, outbox: _Outbox, fd: int, data: Tensor, src: int) -> None:
-        view, done = memoryview(np.asarray(data)), 0
+        view, done = data.numpy().data, 0
         try:
             source = os.open(f"/proc/{outbox.pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

@@ -91,6 +91,7 @@ class PointToPoint:
     def posted(self, work: Any, data: Tensor, peer: int, tag: int) -> SocketRecv:
         """Take over a receive that has been posted."""
         pending = SocketRecv(work, data, peer, self._watch)
+        pending.result = data
         self._lane("recv", peer, tag).put(pending)
         return pending
 

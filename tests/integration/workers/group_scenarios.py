@@ -91,7 +91,7 @@ def _check_exchanges(group: GroupCoordinator, dtype: torch.dtype, rows: int) -> 
     received = [splits(position)[me] for position in range(world)]
     output = torch.empty(sum(received), 5, dtype=dtype)
     group.all_to_all(output, sources[me], received, splits(me))
-    _same(output, torch.cat([source.split(splits(position))[me] for position, source in enumerate(sources)]))
+    _same(output, torch.cat([source.split_with_sizes(splits(position))[me] for position, source in enumerate(sources)]))
     for src in ranks:
         expected = made_by(src, (rows, 3), dtype, 5)
         mine = expected.clone() if src == group.rank else torch.zeros(rows, 3, dtype=dtype)
@@ -181,9 +181,8 @@ def every_operation(rank: Rank) -> str:
 
 def many_rounds(rank: Rank) -> str:
     """Tensors that are many times as large as a mailbox (here: as what is used of it), and as the split sum wants."""
-    for module in (shared_ops, gloo_ops):
-        module.SPLIT_SUM_BYTES = 512  # type: ignore[attr-defined]
-    shared_ops.HALF_BYTES = 512  # type: ignore[misc]
+    shared_ops.SPLIT_SUM_BYTES = gloo_ops.SPLIT_SUM_BYTES = 512
+    shared_ops.HALF_BYTES = 512  # type: ignore[attr-defined]
     _check_all(rank.form_among("small", tuple(range(rank.world)), connect=True), (2, 200))
     return "equal"
 

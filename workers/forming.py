@@ -28,9 +28,10 @@ _SOCKET_GRACE_S = 30.0
 class Formed:
     """What the ranks of a group of several have between them.
 
-    ``mailboxes``: the memory that all of them share, or None. ``sees[i][j]``: whether rank i reaches the memory of rank
-    j, by position. ``gloo``: torch's process group or, while it has not been needed, None; ``connect`` makes it, on all
-    ranks at once. ``nccl``: the process group of the devices, or None.
+    ``mailboxes``: the memory that all of them share, or None; then gloo's process group is in ``gloo`` or, while it has
+    not been needed, made by ``connect``, on all ranks at once. ``sees[i][j]``: whether rank i reaches the memory of
+    rank j, by position. ``nccl``: the process group of the devices, or None. ``meet``: a barrier on the store, until
+    ``closed`` is set.
     """
 
     mailboxes: Mailboxes | None
@@ -38,6 +39,8 @@ class Formed:
     gloo: Any
     connect: Callable[[], Any]
     nccl: Any
+    meet: Callable[[float], None]
+    closed: threading.Event
 
 
 def meet(watch: Watch, deadline_s: float, abandoned: threading.Event, *, connect: bool, share: bool) -> Formed:
@@ -54,11 +57,13 @@ def meet(watch: Watch, deadline_s: float, abandoned: threading.Event, *, connect
     def connect_sockets() -> Any:
         return _connect_gloo(PrefixStore(f"{prefix}/gloo", store), place, watch.deadline_s)
 
-    gloo = connect_sockets() if connect or mailboxes is None else None
+    gloo = connect_sockets() if connect and mailboxes is None else None
     nccl = None
     if place.device.type == "cuda":
         nccl = _connect_nccl(PrefixStore(f"{prefix}/nccl", store), place, watch.deadline_s)
-    return Formed(mailboxes, sees, gloo, connect_sockets, nccl)
+    closed = threading.Event()
+    later = StatelessGroup(store, place.term, place.epoch, f"{watch.name}/later", place.rank, place.members, closed)
+    return Formed(mailboxes, sees, gloo, connect_sockets, nccl, later.barrier, closed)
 
 
 def _connect_gloo(store: PrefixStore, place: GroupPlace, deadline_s: float) -> Any:

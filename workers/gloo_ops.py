@@ -16,7 +16,7 @@ from drumline.workers.sockets import Sockets
 from drumline.workers.sums import add_in_order, even_counts
 
 # From here on each rank of three or more adds up its share and fetches the others', instead of fetching everything.
-SPLIT_SUM_BYTES = 64 << 10
+SPLIT_SUM_BYTES = 128 << 10
 
 
 class GlooOps:
@@ -55,7 +55,7 @@ class GlooOps:
             return
         everyone = tensor.new_empty(self._size * len(tensor))
         self._gather_bytes(everyone, tensor, [len(tensor)] * self._size)
-        add_in_order(everyone.split(len(tensor)), out)
+        add_in_order(everyone.view(self._size, -1).unbind(0), out)
 
     def reduce_scatter(self, out: Tensor, tensor: Tensor, counts: Sequence[int]) -> None:
         """``tensor`` (sum(counts),) is a segment for each rank; ``out`` becomes the sum of those for this one."""
@@ -64,7 +64,7 @@ class GlooOps:
         splits = [count * item for count in counts]
         self.all_to_all(arrived.view(torch.uint8), tensor.view(torch.uint8), [own * item] * self._size, splits)
         if own:
-            add_in_order(arrived.split(own), out)
+            add_in_order(arrived.view(self._size, own).unbind(0), out)
 
     def all_to_all(
         self, output: Tensor, source: Tensor, output_splits: Sequence[int], source_splits: Sequence[int]

@@ -12,12 +12,14 @@ from drumline.workers.forming import Formed
 from drumline.workers.gloo_ops import GlooOps
 from drumline.workers.local_ops import LocalOps
 from drumline.workers.nccl_ops import NcclOps
+from drumline.workers.outboxes import Outboxes
 from drumline.workers.shared_ops import SharedOps
 from drumline.workers.sockets import Sockets
 from drumline.workers.transfers import Transfers
 from drumline.workers.watch import Watch
 
-Ops = SharedOps | GlooOps | NcclOps | LocalOps
+HostOps = SharedOps | GlooOps | LocalOps
+Ops = HostOps | NcclOps
 
 
 class GroupMember:
@@ -42,22 +44,25 @@ class GroupMember:
         self._boxes = formed.mailboxes if formed else None
         self.mailboxes = self._boxes if self.device.type == "cpu" else None
         self._nccl: NcclOps | None = None
-        self._sockets: Sockets | None = None
+        self._carrier: Outboxes | Sockets | None = None
         self._transfers: Transfers | None = None
-        # Connecting waits for all ranks, of which a message between two of three would be told nothing.
-        self._may_transfer = connect or self.size == 2
-        self._cpu_ops = self._device_ops = self._choose_ops(formed) if formed else LocalOps()
-        if self._nccl is not None:
-            self._device_ops = self._nccl
+        # Connecting waits for all ranks: not for when two of them have a message.
+        self._may_transfer = connect
+        self._cpu_ops: HostOps = self._choose_ops(formed) if formed else LocalOps()
+        self._device_ops: Ops = self._nccl or self._cpu_ops
 
-    def _choose_ops(self, formed: Formed) -> Ops:
-        self._sockets = Sockets(formed.gloo, formed.connect, self._watch)
+    def _choose_ops(self, formed: Formed) -> HostOps:
         if formed.nccl is not None:
             self._nccl = NcclOps(formed.nccl, self._watch, self.position, self.size)
-        self._transfers = Transfers(self._watch, self._sockets, self._nccl)
+        ops: HostOps
         if formed.mailboxes is not None:
-            return SharedOps(formed.mailboxes, self.size)
-        return GlooOps(self._sockets, self.position, self.size)
+            self._carrier = Outboxes(formed.mailboxes, self._watch)
+            ops = SharedOps(formed.mailboxes, self.size)
+        else:
+            self._carrier = sockets = Sockets(formed, self._watch)
+            ops = GlooOps(sockets, self.position, self.size)
+        self._transfers = Transfers(self._watch, self._carrier, self._nccl)
+        return ops
 
     def in_the_same_node_as(self, src: int) -> list[bool]:
         """Per position, whether that rank is on the host of global rank ``src``, as far as shared memory tells."""
@@ -93,8 +98,8 @@ class GroupMember:
         self._watch.closed = True
         if self._boxes is not None:
             self._boxes.leave()
-        if self._sockets is not None:
-            self._sockets.close()
+        if self._carrier is not None:
+            self._carrier.close()
         if self._nccl is not None:
             self._nccl.close()
 

@@ -21,8 +21,8 @@ from drumline.workers import packed
 from drumline.workers.abort import AbortFlag
 from drumline.workers.forming import meet
 from drumline.workers.group_member import GroupMember
+from drumline.workers.pending import PendingRecv, PendingSend
 from drumline.workers.place import GroupPlace
-from drumline.workers.point_to_point import PendingRecv, PendingSend
 from drumline.workers.progress import Progress
 from drumline.workers.sockets import run_aside
 from drumline.workers.watch import (
@@ -53,7 +53,7 @@ class GroupCoordinator(GroupMember):
 
     Used by the main thread alone. Every member calls the same collectives in the same order with the same shapes, or
     with the counts that belong to them; ``src`` and ``dst`` are global ranks. Tensors may be strided; results are new
-    and contiguous. Messages between two ranks go over sockets and may be mixed with collectives in any order.
+    and contiguous. Messages between two ranks need ``connect`` and may be mixed with collectives in any order.
 
     Errors of every operation: EpochAborted, PeerLost, GroupTimeout. After any of them the group is of no use and
     :meth:`close` must be called. ProtocolError for arguments that do not fit the group, before anything is sent.
@@ -111,7 +111,7 @@ class GroupCoordinator(GroupMember):
         gathered = self._gather_flat(t, counts, position)
         if dst != self.rank:
             return None
-        parts = gathered.split(counts)
+        parts = gathered.split_with_sizes(counts)
         return torch.cat([part.view(n, width) for part, width in zip(parts, widths, strict=True)], 1)
 
     def reduce_scatter(self, t: Tensor, dim: int = 0) -> Tensor:
@@ -254,9 +254,9 @@ def form_group(
     meets nobody and opens nothing.
 
     Args:
-        connect: make sockets in any case, for messages between two ranks. Otherwise ranks that share memory connect
-            when they first need to, all of them at once; gloo's thread wakes a hundred times a second from then on, in
-            an idle engine too.
+        connect: two ranks of the group will send each other messages. Where memory is not shared, sockets are made at
+            once then; else at the first collective, because gloo's thread wakes a hundred times a second from there on,
+            in an idle engine too. Where memory is shared there are no sockets.
         collective_deadline_s: how long an operation may wait for other ranks.
         share: whether memory may be shared; where one rank says no, none does.
 

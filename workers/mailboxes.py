@@ -23,37 +23,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from drumline.workers.shared_counter import SharedCounter
 from drumline.workers.watch import SLICE_S, GroupTimeout, PeerLost, Watch
 
 HALF_BYTES = 4 << 20
-SPINS = 200
+OUTBOX_SLOTS, OUTBOX_SLOT_BYTES = 64, 64 << 10
+OUTBOX_BYTES = OUTBOX_SLOTS * OUTBOX_SLOT_BYTES + 4096
 NONCE_AT, NONCE_BYTES = 16, 16
-_COUNTER, _LEFT, _HEADER = 0, 8, 64
-_SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
-_ALL_WAITERS = 0x7FFFFFFF
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+_COUNTER, _LEFT, _HEADER = 0, 1, 64
 
 
 class Mailbox:
-    """One rank's mapped memory: counter, a flag for having left, a nonce, and per half the bounds and the content."""
+    """One rank's mapped memory: counter, a flag for having left, a nonce, per half the bounds and the content, and last
+    its outboxes, one for each rank (:mod:`drumline.workers.outboxes`)."""
 
     def __init__(self, fd: int, size: int, pid: int) -> None:
-        self._memory = mmap.mmap(fd, mailbox_bytes(size))
-        self.words = memoryview(self._memory)[:_HEADER].cast("q")
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self.memory = mmap.mmap(fd, mailbox_bytes(size))
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.words = memoryview(self.memory)[:_HEADER].cast("q")
+        self.counter = SharedCounter(self.words, _COUNTER, self.address)
+        self.pid = pid
         self.pidfd = os.pidfd_open(pid)
+        self.outboxes_at = _HEADER + 2 * _bounds_bytes(size) + 2 * HALF_BYTES
         bounds_bytes = _bounds_bytes(size)
         self.bounds: list[Tensor] = []
         self.halves: list[Tensor] = []
         for half in (0, 1):
             at = _HEADER + half * bounds_bytes
-            self.bounds.append(torch.frombuffer(self._memory, dtype=torch.int32, count=size + 1, offset=at))
+            self.bounds.append(torch.frombuffer(self.memory, dtype=torch.int32, count=size + 1, offset=at))
             at = _HEADER + 2 * bounds_bytes + half * HALF_BYTES
-            self.halves.append(torch.frombuffer(self._memory, dtype=torch.int32, count=HALF_BYTES // 4, offset=at))
+            self.halves.append(torch.frombuffer(self.memory, dtype=torch.int32, count=HALF_BYTES // 4, offset=at))
         self._views: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def view(self, half: int, dtype: torch.dtype) -> Tensor:
@@ -80,8 +79,12 @@ class Mailboxes:
         self._own = boxes[position]
         self._counters = [box.words for box in boxes]
         self._operation = 0
-        self._slice = _Timespec(0, int(SLICE_S * 1e9))
         self._watch = watch
+
+    @property
+    def boxes(self) -> Sequence[Mailbox]:
+        """All mailboxes, by position."""
+        return self._boxes
 
     def begin(self) -> int:
         """The number of the next operation; its half of the own mailbox may be written now.
@@ -114,8 +117,7 @@ class Mailboxes:
 
     def publish(self, operation: int) -> None:
         """What has been written is complete."""
-        self._own.words[_COUNTER // 8] = operation
-        _futex(self._own.address, _FUTEX_WAKE, _ALL_WAITERS, None)
+        self._own.counter.raise_to(operation)
 
     def wait_for(self, position: int, operation: int) -> None:
         """Return when a rank has published ``operation``."""
@@ -135,7 +137,7 @@ class Mailboxes:
             if left <= 0:
                 raise self._watch.error(GroupTimeout, f"nothing within {timeout_s:g} s", missing)
             slice_s = min(left, SLICE_S)
-            if not self.wait(missing[0], operation, _Timespec(0, int(slice_s * 1e9))):
+            if not self.wait(missing[0], operation, slice_s):
                 self._look(missing[0], operation)
                 left -= slice_s
 
@@ -143,30 +145,25 @@ class Mailboxes:
         """The positions of the ranks that have not published ``operation``."""
         return [position for position, counter in enumerate(self._counters) if counter[0] < operation]
 
+    def wait(self, position: int, operation: int, slice_s: float = SLICE_S) -> bool:
+        """Whether a rank has published ``operation``; waits for ``slice_s`` at most."""
+        return self._boxes[position].counter.wait(operation, slice_s, lambda: self.gone(position))
+
     def _look(self, position: int, operation: int) -> None:
-        self._watch.check()
-        gone = self.gone(position)
+        gone = self.check_peer(position)
         # What it published before it went still counts.
         if gone and self._counters[position][0] < operation:
             raise self._watch.error(PeerLost, gone, [position])
 
-    def wait(self, position: int, operation: int, limit: _Timespec | None = None) -> bool:
-        """Whether a rank has published ``operation``; waits one slice of time, or ``limit``, at most."""
-        box = self._boxes[position]
-        words = box.words
-        for _ in range(SPINS):
-            if words[0] >= operation:
-                return True
-            os.sched_yield()
-        seen = words[0]
-        if seen < operation and not self.gone(position):
-            _futex(box.address, _FUTEX_WAIT, seen & 0xFFFFFFFF, limit or self._slice)
-        return bool(words[0] >= operation)
+    def check_peer(self, position: int) -> str:
+        """What :meth:`gone` says, while the epoch lasts; else EpochAborted."""
+        self._watch.check()
+        return self.gone(position)
 
     def gone(self, position: int) -> str:
         """Why a rank will publish no more: it has left the epoch, or its process has ended. Empty while it may."""
         box = self._boxes[position]
-        if box.words[_LEFT // 8]:
+        if box.words[_LEFT]:
             return "it has left the epoch"
         ended = select.poll()
         ended.register(box.pidfd, select.POLLIN)
@@ -174,8 +171,8 @@ class Mailboxes:
 
     def leave(self) -> None:
         """Tell the others that this rank publishes no more."""
-        self._own.words[_LEFT // 8] = 1
-        _futex(self._own.address, _FUTEX_WAKE, _ALL_WAITERS, None)
+        self._own.words[_LEFT] = 1
+        self._own.counter.wake()
 
 
 def _bounds_bytes(size: int) -> int:
@@ -183,10 +180,5 @@ def _bounds_bytes(size: int) -> int:
 
 
 def mailbox_bytes(size: int) -> int:
-    return _HEADER + 2 * _bounds_bytes(size) + 2 * HALF_BYTES
-
-
-def _futex(address: int, operation: int, value: int, timeout: _Timespec | None) -> None:
-    """Wait or wake; every return, a signal or a timeout too, only means that it is time to look again."""
-    limit = None if timeout is None else ctypes.byref(timeout)
-    _libc.syscall(_SYS_FUTEX, ctypes.c_void_p(address), operation, ctypes.c_uint32(value), limit, None, 0)
+    """How long a mailbox is in a group of ``size`` ranks."""
+    return _HEADER + 2 * _bounds_bytes(size) + 2 * HALF_BYTES + size * OUTBOX_BYTES

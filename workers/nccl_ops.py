@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from drumline.workers.point_to_point import Pending, PendingRecv, PendingSend, make_room
+from drumline.workers.pending import Pending, PendingRecv, PendingSend, make_room
 from drumline.workers.watch import SLICE_S, PeerLost, Watch
 
 _POLL_S = 20e-6
@@ -72,13 +72,15 @@ class NcclOps:
     def isend(self, data: Tensor, dst: int) -> PendingSend:
         """Start to send a flat tensor to position ``dst``."""
         make_room(self._sends)
-        pending = _NcclSend(self.group.send([data], dst, 0), data, dst, self._watch)
+        pending = NcclSend(self.group.send([data], dst, 0), data, dst, self._watch)
         self._sends.append(pending)
         return pending
 
     def irecv(self, data: Tensor, src: int) -> PendingRecv:
         """Start to receive a flat tensor from position ``src``."""
-        return _NcclRecv(self.group.recv([data], src, 0), data, src, self._watch)
+        pending = NcclRecv(self.group.recv([data], src, 0), data, src, self._watch)
+        pending.result = data
+        return pending
 
     def close(self) -> None:
         """Give the communicator up, with all that is under way. Never blocks."""
@@ -102,30 +104,32 @@ class NcclOps:
 
 
 class _Polled(Pending):
-    """A message whose end the main thread itself can look for."""
+    """A message of NCCL, whose end the main thread itself can look for; keeps its buffer alive until then."""
+
+    def __init__(self, work: Any, data: Tensor, peer: int, watch: Watch) -> None:
+        super().__init__(watch, peer)
+        self._work = work
+        self._data = data
 
     @property
     def done(self) -> bool:
         """Whether the message is through, or has failed."""
-        return self._done.is_set() or bool(self._work.is_completed())
+        return bool(self._work.is_completed())
 
     def look(self, slice_s: float) -> bool:
         """Whether the message is through within a slice of time. Raises PeerLost when it has failed."""
-        if not self._done.is_set():
-            failure = poll_slice(self._work)
-            if failure == "":
-                return False
-            self._failure = failure or ""
-            self._done.set()
-        return super().look(0.0)
+        failure = poll_slice(self._work)
+        if failure:
+            raise self._watch.error(PeerLost, failure, [self._peer])
+        return failure is None
 
 
-class _NcclSend(_Polled, PendingSend):
-    pass
+class NcclSend(_Polled, PendingSend):
+    """See :class:`PendingSend`."""
 
 
-class _NcclRecv(_Polled, PendingRecv):
-    pass
+class NcclRecv(_Polled, PendingRecv):
+    """See :class:`PendingRecv`."""
 
 
 def _bury(remains: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Messages between two ranks that are started now and waited for later.
+"""Messages between two ranks over sockets, started now and waited for later.
 
 Gloo closes every connection of a group when the wait for one such message ends in a timeout, so the main thread cannot
 wait in slices itself: a thread per peer and direction waits without end, and the main thread waits for that thread.
@@ -16,21 +16,20 @@ from typing import Any
 
 from torch import Tensor
 
-from drumline.workers.watch import SLICE_S, PeerLost, Watch
+from drumline.workers.pending import Pending, PendingRecv, PendingSend, make_room
+from drumline.workers.watch import PeerLost, Watch
 
-MAX_UNFINISHED_SENDS = 64
 BARRIER_TAG = 1
 _FOREVER = timedelta(days=30)
 
 
-class Pending:
-    """A message under way; keeps its buffer alive until it is through."""
+class _OverSockets(Pending):
+    """A message of gloo; keeps its buffer alive until it is through."""
 
     def __init__(self, work: Any, data: Tensor, peer: int, watch: Watch) -> None:
+        super().__init__(watch, peer)
         self._work = work
-        self._data: Tensor | None = data
-        self._peer = peer
-        self._watch = watch
+        self._data = data
         self._done = threading.Event()
         self._failure = ""
 
@@ -61,35 +60,13 @@ class Pending:
             raise self._watch.error(PeerLost, self._failure, [self._peer])
         return True
 
-    def _finish(self) -> None:
-        waited = 0.0
-        while not self.look(SLICE_S):
-            self._watch.check()
-            waited += SLICE_S
-            self._watch.check_deadline(waited, [self._peer])
+
+class SocketSend(_OverSockets, PendingSend):
+    """See :class:`PendingSend`."""
 
 
-class PendingSend(Pending):
-    """A message that is being sent. Its tensor must not be written to before :meth:`wait` has returned."""
-
-    def wait(self) -> None:
-        """Return when the tensor may be used again. Errors: EpochAborted, PeerLost, GroupTimeout."""
-        if not self.done or self._failure:
-            with self._watch:
-                self._finish()
-        self._data = None
-
-
-class PendingRecv(Pending):
-    """A message that is expected."""
-
-    result: Tensor
-
-    def wait(self) -> Tensor:
-        """The tensor, when it is there. Errors: EpochAborted, PeerLost, GroupTimeout."""
-        with self._watch:
-            self._finish()
-        return self.result
+class SocketRecv(_OverSockets, PendingRecv):
+    """See :class:`PendingRecv`."""
 
 
 class PointToPoint:
@@ -97,27 +74,28 @@ class PointToPoint:
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
-        self._lanes: dict[tuple[str, int, int], SimpleQueue[Pending | None]] = {}
-        self._sends: deque[PendingSend] = deque()
+        self._lanes: dict[tuple[str, int, int], SimpleQueue[_OverSockets | None]] = {}
+        self._sends: deque[SocketSend] = deque()
 
     def make_room(self) -> None:
         """See the function of that name."""
         make_room(self._sends)
 
-    def sent(self, work: Any, data: Tensor, peer: int, tag: int) -> PendingSend:
+    def sent(self, work: Any, data: Tensor, peer: int, tag: int) -> SocketSend:
         """Take over a send that has been started."""
-        pending = PendingSend(work, data, peer, self._watch)
+        pending = SocketSend(work, data, peer, self._watch)
         self._sends.append(pending)
         self._lane("send", peer, tag).put(pending)
         return pending
 
-    def posted(self, work: Any, data: Tensor, peer: int, tag: int) -> PendingRecv:
+    def posted(self, work: Any, data: Tensor, peer: int, tag: int) -> SocketRecv:
         """Take over a receive that has been posted."""
-        pending = PendingRecv(work, data, peer, self._watch)
+        pending = SocketRecv(work, data, peer, self._watch)
+        pending.result = data
         self._lane("recv", peer, tag).put(pending)
         return pending
 
-    def close(self) -> list[PendingSend]:
+    def close(self) -> list[SocketSend]:
         """Let the threads end when their messages have. Returns the sends that are unfinished."""
         for lane in self._lanes.values():
             lane.put(None)
@@ -126,7 +104,7 @@ class PointToPoint:
         self._sends.clear()
         return sends
 
-    def _lane(self, direction: str, peer: int, tag: int) -> SimpleQueue[Pending | None]:
+    def _lane(self, direction: str, peer: int, tag: int) -> SimpleQueue[_OverSockets | None]:
         lane = self._lanes.get((direction, peer, tag))
         if lane is None:
             lane = self._lanes[direction, peer, tag] = SimpleQueue()
@@ -135,18 +113,12 @@ class PointToPoint:
         return lane
 
 
-def make_room(sends: deque[PendingSend]) -> None:
-    """Wait for the oldest send while ``MAX_UNFINISHED_SENDS`` are unfinished. Errors: those of its wait."""
-    while sends and (sends[0].done or len(sends) >= MAX_UNFINISHED_SENDS):
-        sends.popleft().wait()
-
-
 def first_line(error: RuntimeError) -> str:
     """What gloo says, without its advice and without a C++ trace."""
     return str(error).partition("\n")[0].partition(". This is typically caused")[0]
 
 
-def _serve(lane: SimpleQueue[Pending | None]) -> None:
+def _serve(lane: SimpleQueue[_OverSockets | None]) -> None:
     while (pending := lane.get()) is not None:
         pending.run()
         del pending

@@ -15,7 +15,7 @@ from drumline.workers.mailboxes import HALF_BYTES, Mailboxes
 from drumline.workers.sums import add_in_order, even_counts
 
 # From here on each rank adds up its share and fetches the others', instead of adding up everything.
-SPLIT_SUM_BYTES = 128 << 10
+SPLIT_SUM_BYTES = 192 << 10
 
 
 class SharedOps:
@@ -100,7 +100,7 @@ class SharedOps:
         """
         boxes, me = self._boxes, self._boxes.position
         room = HALF_BYTES // tensor.element_size() // self._size
-        segments = tensor.split(list(counts))
+        segments = tensor.split_with_sizes(list(counts))
         for low in range(0, max(counts), room):
             operation = boxes.begin()
             self._write_slots(operation, segments, low, room)
@@ -121,7 +121,7 @@ class SharedOps:
         """Segment r of ``source`` goes to position r, segment r of ``output`` comes from there."""
         boxes, me = self._boxes, self._boxes.position
         room = HALF_BYTES // source.element_size() // self._size
-        segments, places = source.split(list(source_splits)), output.split(list(output_splits))
+        segments, places = source.split_with_sizes(list(source_splits)), output.split_with_sizes(list(output_splits))
         places[me].copy_(segments[me])
         rounds = own_rounds = max(1, -(-max(source_splits) // room))
         number = 0

@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 import torch
 
 from drumline.protocol.errors import DrumlineError
-from drumline.workers.point_to_point import BARRIER_TAG, PendingRecv, PendingSend, PointToPoint, first_line
+from drumline.protocol.stateless import StoreError
+from drumline.workers.forming import Formed
+from drumline.workers.point_to_point import BARRIER_TAG, PointToPoint, SocketRecv, SocketSend, first_line
 from drumline.workers.watch import FORM_DEADLINE_S, SLICE_S, GroupTimeout, PeerLost, Watch
 
 T = TypeVar("T")
@@ -33,10 +35,11 @@ class Sockets:
     From the first use on, gloo's thread wakes a hundred times a second, in an idle engine too.
     """
 
-    def __init__(self, group: Any, connect: Callable[[], Any], watch: Watch) -> None:
-        """``group`` is the process group or None while it has not been needed; ``connect`` makes it, on all ranks."""
-        self._group = group
-        self._connect = connect
+    def __init__(self, formed: Formed, watch: Watch) -> None:
+        self._group = formed.gloo
+        self._connect = formed.connect
+        self._meet = formed.meet
+        self._closed = formed.closed
         self._watch = watch
         self._pending: Any = None
         self._pairs = PointToPoint(watch)
@@ -81,7 +84,7 @@ class Sockets:
             return first_line(error) or text
         return None
 
-    def isend(self, data: torch.Tensor, dst: int, tag: int = 0) -> PendingSend:
+    def isend(self, data: torch.Tensor, dst: int, tag: int = 0) -> SocketSend:
         """Start to send flat bytes to position ``dst``."""
         self._pairs.make_room()
         try:
@@ -89,7 +92,7 @@ class Sockets:
         except RuntimeError as error:  # the connection is known to be gone
             raise self._watch.error(PeerLost, first_line(error), [dst]) from None
 
-    def irecv(self, data: torch.Tensor, src: int, tag: int = 0) -> PendingRecv:
+    def irecv(self, data: torch.Tensor, src: int, tag: int = 0) -> SocketRecv:
         """Start to receive flat bytes from position ``src``."""
         try:
             return self._pairs.posted(self.group().recv([data], src, tag), data, src, tag)
@@ -98,6 +101,12 @@ class Sockets:
 
     def barrier(self, timeout_s: float) -> None:
         """Return when all ranks have called this. The GroupTimeout after ``timeout_s`` names those that have not."""
+        if self._group is None:
+            try:
+                run_aside(lambda: self._meet(timeout_s), self._watch, timeout_s)
+            except StoreError as error:
+                raise self._watch.error(GroupTimeout, error.text) from None
+            return
         others = self._watch.others()
         bytes_in = {position: torch.empty(1, dtype=torch.uint8) for position in others}
         waits = {position: self.irecv(data, position, BARRIER_TAG) for position, data in bytes_in.items()}
@@ -114,6 +123,7 @@ class Sockets:
 
     def close(self) -> None:
         """Give the connections up; never blocks. What has been sent still goes out, unless a collective failed."""
+        self._closed.set()
         sends = self._pairs.close()
         if self._pending is not None or self._watch.failed:
             sends = []
@@ -125,7 +135,7 @@ class Sockets:
         threading.Thread(target=_bury, args=arguments, name=f"drop-{self._watch.name}", daemon=True).start()
 
 
-def _bury(remains: list[Any], sends: list[PendingSend], others: list[int]) -> None:
+def _bury(remains: list[Any], sends: list[SocketSend], others: list[int]) -> None:
     end = time.monotonic() + _GRACE_S
     for send in sends:
         send.settle(max(0.0, end - time.monotonic()))

@@ -11,7 +11,8 @@ from torch import Tensor
 from drumline.protocol.errors import ProtocolError
 from drumline.workers import packed
 from drumline.workers.nccl_ops import NcclOps
-from drumline.workers.point_to_point import PendingRecv, PendingSend
+from drumline.workers.outboxes import Outboxes
+from drumline.workers.pending import PendingRecv, PendingSend
 from drumline.workers.sockets import Sockets
 from drumline.workers.watch import Watch
 
@@ -19,9 +20,10 @@ from drumline.workers.watch import Watch
 class Transfers:
     """The messages between two ranks of one group; ``peer`` is a position. Used by the main thread alone."""
 
-    def __init__(self, watch: Watch, sockets: Sockets, nccl: NcclOps | None) -> None:
+    def __init__(self, watch: Watch, carrier: Outboxes | Sockets, nccl: NcclOps | None) -> None:
+        """``carrier`` takes what is on the CPU, ``nccl`` what is on a GPU."""
         self._watch = watch
-        self._sockets = sockets
+        self._carrier = carrier
         self._nccl = nccl
 
     def isend(self, tensor: Tensor, peer: int) -> PendingSend:
@@ -30,16 +32,16 @@ class Transfers:
         flat = tensor.contiguous().view(-1)
         if tensor.is_cuda and self._nccl is not None:
             return self._nccl.isend(flat, peer)
-        return self._sockets.isend(flat.view(torch.uint8), peer)
+        return self._carrier.isend(flat.view(torch.uint8), peer)
 
     def irecv(self, shape: Sequence[int], dtype: torch.dtype, peer: int, device: torch.device) -> PendingRecv:
         """Post the receive of a tensor of that shape and dtype."""
         self._watch.check()
         result = torch.empty(tuple(shape), dtype=dtype, device=device)
         if result.is_cuda and self._nccl is not None:
-            pending = self._nccl.irecv(result.view(-1), peer)
+            pending: PendingRecv = self._nccl.irecv(result.view(-1), peer)
         else:
-            pending = self._sockets.irecv(result.view(-1).view(torch.uint8), peer)
+            pending = self._carrier.irecv(result.view(-1).view(torch.uint8), peer)
         pending.result = result
         return pending
 

@@ -126,13 +126,15 @@ def a_peer_never_comes(rank: Rank) -> dict[str, Any]:
         name: rank.form_among(name, tuple(range(rank.world)), connect=True, collective_deadline_s=0.3)
         for name in ("all_reduce", "barrier", "recv")
     }
+    groups["not connected"] = rank.form_among("not connected", tuple(range(rank.world)))
     if rank.rank == rank.world - 1:
-        time.sleep(1.5)
+        time.sleep(2.5)
         return {}
     outcomes = {
         "all_reduce": _outcome(lambda: groups["all_reduce"].all_reduce(torch.ones(2))),
         "barrier": _outcome(lambda: groups["barrier"].barrier(0.2)),
         "recv": _outcome(lambda: groups["recv"].recv((2,), torch.float32, rank.world - 1)),
+        "not connected": _outcome(lambda: groups["not connected"].barrier(0.2)),
     }
     time.sleep(0.3)  # none may close, which the others would take for a loss, before all have seen the deadline
     return outcomes

@@ -91,7 +91,7 @@ def _check_exchanges(group: GroupCoordinator, dtype: torch.dtype, rows: int) -> 
     received = [splits(position)[me] for position in range(world)]
     output = torch.empty(sum(received), 5, dtype=dtype)
     group.all_to_all(output, sources[me], received, splits(me))
-    _same(output, torch.cat([source.split(splits(position))[me] for position, source in enumerate(sources)]))
+    _same(output, torch.cat([source.split_with_sizes(splits(position))[me] for position, source in enumerate(sources)]))
     for src in ranks:
         expected = made_by(src, (rows, 3), dtype, 5)
         mine = expected.clone() if src == group.rank else torch.zeros(rows, 3, dtype=dtype)
@@ -118,6 +118,38 @@ def _check_messages(group: GroupCoordinator, dtype: torch.dtype, rows: int) -> N
     assert torch.equal(found["a"], made_by(group.prev_rank, (rows, 2), dtype, 7))
     assert found["none"].shape == (0, 4)
     assert (found["n"], found["who"]) == (rows, [group.prev_rank])
+
+
+def messages_of_all_sizes(rank: Rank) -> str:
+    """More than an outbox has slots, in them and beside them; waited for in another order than they were sent in."""
+    group = rank.form_among("messages", (0, 1), connect=True)
+    sizes = [1, 0, 70_000, 3, 65_536, 65_537, 300_000, 10] * 16
+    other = 1 - rank.rank
+    arriving = []
+    for number, size in enumerate(sizes):
+        arriving.append(group.irecv((size,), torch.uint8, other))
+        group.isend(torch.full((size,), (number + rank.rank) % 251, dtype=torch.uint8), other)
+        if number % 50 == 49:
+            for back in range(50):
+                expected = torch.full((sizes[number - back],), (number - back + other) % 251, dtype=torch.uint8)
+                assert torch.equal(arriving[number - back].wait(), expected)
+    group.barrier(5.0)
+    group.close()
+    return "equal"
+
+
+def a_message_of_another_size(rank: Rank) -> str:
+    group = rank.form_among("messages", (0, 1), connect=True)
+    if rank.rank == 0:
+        group.send(torch.zeros(3), 1)
+        group.barrier(5.0)
+        return ""
+    group.barrier(5.0)
+    try:
+        group.recv((2,), torch.float32, 0)
+    except ProtocolError as error:
+        return error.text
+    return "taken"
 
 
 def _check_objects(group: GroupCoordinator) -> None:
@@ -149,9 +181,8 @@ def every_operation(rank: Rank) -> str:
 
 def many_rounds(rank: Rank) -> str:
     """Tensors that are many times as large as a mailbox (here: as what is used of it), and as the split sum wants."""
-    for module in (shared_ops, gloo_ops):
-        module.SPLIT_SUM_BYTES = 512  # type: ignore[attr-defined]
-    shared_ops.HALF_BYTES = 512  # type: ignore[misc]
+    shared_ops.SPLIT_SUM_BYTES = gloo_ops.SPLIT_SUM_BYTES = 512
+    shared_ops.HALF_BYTES = 512  # type: ignore[attr-defined]
     _check_all(rank.form_among("small", tuple(range(rank.world)), connect=True), (2, 200))
     return "equal"
 

@@ -46,16 +46,21 @@ def test_a_deadline_ends_the_wait_and_names_the_rank_that_did_not_come(run_ranks
         assert "waited for rank 2: nothing within 0.2 s" in outcomes["barrier"]["text"]
         assert "waited for rank 2: it did not end within 0.3 s" in outcomes["recv"]["text"]
         assert "2: it did not end within 0.3 s" in outcomes["all_reduce"]["text"]
+        assert outcomes["not connected"]["kind"] == "group_timeout"
+        assert 200 <= outcomes["not connected"]["ms"] < 1000
+        assert "from rank 2 within 0.2 s" in outcomes["not connected"]["text"] or way == "memory"
 
 
-def test_more_than_64_unfinished_sends_wait_for_the_oldest(run_ranks: RunRanks) -> None:
-    sender, _ = run_ranks("sends_are_bounded", 2)
+@pytest.mark.parametrize("way", WAYS)
+def test_more_than_64_unfinished_sends_wait_for_the_oldest(run_ranks: RunRanks, way: str) -> None:
+    sender, _ = run_ranks("sends_are_bounded", 2, way)
     assert sender["before_ms"] < 300
     assert sender["after_ms"] > 350
 
 
-def test_what_was_sent_arrives_although_its_group_is_closed(run_ranks: RunRanks) -> None:
-    assert run_ranks("close_lets_messages_out", 2) == [{"left": []}] * 2
+@pytest.mark.parametrize("way", WAYS)
+def test_what_was_sent_arrives_although_its_group_is_closed(run_ranks: RunRanks, way: str) -> None:
+    assert run_ranks("close_lets_messages_out", 2, way) == [{"left": []}] * 2
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -31,6 +31,16 @@ def test_writers_do_not_overwrite_what_slow_readers_have_not_read(run_ranks: Run
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_messages_of_all_sizes_may_be_waited_for_in_any_order(run_ranks: RunRanks, way: str) -> None:
+    assert run_ranks("messages_of_all_sizes", 2, way) == ["equal"] * 2
+
+
+def test_a_message_of_another_size_than_expected_is_refused(run_ranks: RunRanks) -> None:
+    _, refused = run_ranks("a_message_of_another_size", 2, "memory")
+    assert refused == "rank 0 sent 12 bytes in group messages; this one expects 8"
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_ranks_that_share_a_group_form_another_with_more(run_ranks: RunRanks, way: str) -> None:
     assert run_ranks("two_groups_share_members", 4, way) == [
         {"place": [0, 2, 4], "neighbours": [3, 2, 1, 2], "ends": [False, False]},

@@ -16,10 +16,9 @@ import zmq
 from drumline.engine.config import EngineConfig
 from drumline.engine.coordinator import Coordinator
 from drumline.engine.launch.order import Order
-from drumline.engine.resolve import ResolvedConfig, resolve
+from drumline.engine.resolve import resolve
 from drumline.protocol.codec import Codec, config_digest
 from drumline.protocol.errors import EngineClosed, ErrorInfo
-from drumline.protocol.layout import Layout
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
     Accepted,
@@ -60,22 +59,6 @@ PROMPT = tuple(range(5, 12))
 SEED = 3
 TOKEN = "the supervisor's"
 PATIENCE_S = 10.0
-
-
-def laid_out(resolved: ResolvedConfig, layout: Layout) -> ResolvedConfig:
-    """The same engine over the ranks of ``layout``. Whether real ranks could hold the model so is not asked."""
-    core = msgspec.structs.replace(
-        resolved.core,
-        data_parallel_size=layout.data_parallel_size,
-        pipeline_parallel_size=layout.pipeline_parallel_size,
-        attention_data_parallel_size=layout.attention_data_parallel_size,
-        attention_tensor_parallel_size=layout.attn_tp_size,
-    )
-    groups = tuple(
-        tuple(rank for dp_rank in replicas for rank in layout.replica_ranks(dp_rank))
-        for replicas in layout.lockstep_groups(core.lockstep)
-    )
-    return msgspec.structs.replace(resolved, layout=layout, core=core, groups=groups, placements={})
 
 
 class SimulatedRank:
@@ -225,15 +208,12 @@ class RawClient:
 
 class SimulatedEngine:
     """A coordinator with its supervisor's socket in the test's hands. Ranks join by :meth:`start_ranks`.
-
-    ``layout``: other than that of the config. ``num_blocks``: KV blocks of a rank.
-    """
+    ``num_blocks``: KV blocks of a rank."""
 
     def __init__(
         self,
         config: EngineConfig,
         folder: Path,
-        layout: Layout | None = None,
         num_blocks: Callable[[int], int] = lambda rank: NUM_BLOCKS,
     ) -> None:
         self.num_blocks = num_blocks
@@ -246,8 +226,7 @@ class SimulatedEngine:
             supervisor_token=TOKEN,
             owner_pid=os.getpid(),
         )
-        resolved = resolve(config)
-        self.coordinator = Coordinator(self.order, resolved if layout is None else laid_out(resolved, layout))
+        self.coordinator = Coordinator(self.order, resolve(config))
         self.run = asyncio.create_task(self.coordinator.run())
         self.supervisor: Dealer[ToSupervisor] = Dealer(self.context, self.order.worker_endpoint, Codec(ToSupervisor))
         self.ranks: dict[int, SimulatedRank] = {}
@@ -290,11 +269,10 @@ async def simulated(
     folder: Path,
     *,
     ranks: bool = True,
-    layout: Layout | None = None,
     num_blocks: Callable[[int], int] = lambda rank: NUM_BLOCKS,
 ) -> AsyncIterator[SimulatedEngine]:
     """A coordinator in this loop; with ``ranks`` the simulated ones join."""
-    engine = SimulatedEngine(config, folder, layout, num_blocks)
+    engine = SimulatedEngine(config, folder, num_blocks)
     try:
         if ranks:
             await engine.start_ranks()

@@ -7,16 +7,27 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from drumline.protocol.layout import Layout
+from drumline.engine.config import EngineConfig, ParallelConfig
 from drumline.protocol.messages import Finished, StepDone, Tokens
 from tests.integration.engine.simulated_ranks import NUM_BLOCKS, PROMPT, SEED, RawClient, SimulatedEngine, simulated
-from tests.integration.engine.test_life import ONE
 from tests.simulation.oracle import expected_output
 
-STAGES = Layout(pipeline_parallel_size=2, tensor_parallel_size=2)
+STAGES = EngineConfig("demo", parallel=ParallelConfig(pipeline_parallel_size=2, tensor_parallel_size=2))
 REPORTS = 2
 """The first rank of the last of two stages of two."""
-ATTENTION = Layout(data_parallel_size=2, tensor_parallel_size=2, attention_data_parallel_size=2)
+REPLICAS = EngineConfig(
+    "demo",
+    parallel=ParallelConfig(
+        data_parallel_size=2, pipeline_parallel_size=2, tensor_parallel_size=2, enable_expert_parallel=True
+    ),
+)
+ATTENTION = EngineConfig(
+    "demo",
+    parallel=ParallelConfig(
+        data_parallel_size=2, tensor_parallel_size=4, enable_dp_attention=True, enable_expert_parallel=True
+    ),
+)
+"""The model has two KV heads: two attention replicas of two ranks in each engine replica."""
 
 
 async def read_all(client: RawClient, streams: int) -> dict[int, list[int]]:
@@ -38,7 +49,7 @@ def expected(index: int, max_tokens: int, vocab_size: int) -> list[int]:
 
 
 async def test_two_stages_of_two_ranks_serve_one_replica_in_two_lanes(runtime_root: Path) -> None:
-    async with simulated(ONE, runtime_root, layout=STAGES) as engine:
+    async with simulated(STAGES, runtime_root) as engine:
         client = engine.client()
         welcome = await client.welcome()
         accepted = await client.accepted("r", max_tokens=12, n=5)
@@ -56,7 +67,7 @@ async def test_two_stages_of_two_ranks_serve_one_replica_in_two_lanes(runtime_ro
 async def test_a_plan_is_encoded_once_for_all_ranks_of_its_replica(
     runtime_root: Path,
 ) -> None:
-    async with simulated(ONE, runtime_root, layout=STAGES) as engine:
+    async with simulated(STAGES, runtime_root) as engine:
         encoded = count_plans(engine)
         client = engine.client()
         await client.welcome()
@@ -84,8 +95,7 @@ async def test_a_replica_has_the_blocks_of_its_smallest_rank_and_the_status_tell
     runtime_root: Path,
 ) -> None:
     blocks = {0: NUM_BLOCKS, 1: 40, 2: 50, 3: 60, 4: NUM_BLOCKS, 5: NUM_BLOCKS, 6: NUM_BLOCKS, 7: 70}
-    layout = Layout(data_parallel_size=2, pipeline_parallel_size=2, tensor_parallel_size=2)
-    async with simulated(ONE, runtime_root, layout=layout, num_blocks=blocks.__getitem__) as engine:
+    async with simulated(REPLICAS, runtime_root, num_blocks=blocks.__getitem__) as engine:
         client = engine.client()
         welcome = await client.welcome()
         status = await client.status()
@@ -97,7 +107,7 @@ async def test_a_replica_has_the_blocks_of_its_smallest_rank_and_the_status_tell
 
 
 async def test_tokens_from_a_rank_that_only_acknowledges_are_its_loss(runtime_root: Path) -> None:
-    async with simulated(ONE, runtime_root, layout=STAGES) as engine:
+    async with simulated(STAGES, runtime_root) as engine:
         client = engine.client()
         await client.welcome()
 
@@ -114,8 +124,8 @@ async def test_tokens_from_a_rank_that_only_acknowledges_are_its_loss(runtime_ro
 async def test_steps_go_on_when_the_reporting_rank_has_answered_and_a_rank_that_owes_is_found(
     runtime_root: Path,
 ) -> None:
-    config = msgspec.structs.replace(ONE, faults=msgspec.structs.replace(ONE.faults, step_deadline_s=0.3))
-    async with simulated(config, runtime_root, layout=STAGES) as engine:
+    config = msgspec.structs.replace(STAGES, faults=msgspec.structs.replace(STAGES.faults, step_deadline_s=0.3))
+    async with simulated(config, runtime_root) as engine:
         client = engine.client()
         await client.welcome()
         await client.accepted("warm", max_tokens=20)
@@ -134,7 +144,7 @@ async def test_steps_go_on_when_the_reporting_rank_has_answered_and_a_rank_that_
 async def test_attention_replicas_have_rows_of_their_own_and_a_pinned_request_goes_to_its_engine_replica(
     runtime_root: Path,
 ) -> None:
-    async with simulated(ONE, runtime_root, layout=ATTENTION) as engine:
+    async with simulated(ATTENTION, runtime_root) as engine:
         client = engine.client()
         welcome = await client.welcome()
         assert welcome.info.data_parallel_size == 2
@@ -142,8 +152,8 @@ async def test_attention_replicas_have_rows_of_their_own_and_a_pinned_request_go
             await client.accepted(name, max_tokens=20, dp_rank=1)
         tokens = await read_all(client, 2)
         assert sorted(tokens.values()) == [expected(0, 20, welcome.info.vocab_size)] * 2
-        # Every rank here is a replica of its own.
-        assert {rank: one.sampled for rank, one in engine.ranks.items()} == {0: 0, 1: 0, 2: 20, 3: 20}
+        sampled = {rank: one.sampled for rank, one in engine.ranks.items() if one.sampled}
+        assert sampled == {4: 20, 6: 20}
         status = await client.status()
         places = [(replica.dp_rank, replica.attn_rank) for replica in status.replicas]
         assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]

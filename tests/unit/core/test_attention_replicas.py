@@ -10,14 +10,13 @@ from drumline.protocol.errors import InvalidConfig
 from tests.unit.core.driver import Driver
 
 
-def attention_replicas(num_blocks: list[int], lockstep: bool, **settings: object) -> Driver:
+def attention_replicas(num_blocks: list[int], lockstep: bool) -> Driver:
     """Two for each engine replica."""
     return Driver(
         num_blocks,
         lockstep=lockstep,
         data_parallel_size=len(num_blocks) // 2,
         attention_data_parallel_size=2,
-        **settings,
     )
 
 

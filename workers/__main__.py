@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sleep_while_waiting()
     # At the end: torch is still to be imported, and another folder's module must not take the place of one of its own.
     sys.path += [entry for entry in options.import_path if entry not in sys.path]
-    return start_worker(options.rank, options.coordinator, token, options.lifeline_fd)
+    watched = options.token_file if options.lifeline_fd is None else None
+    return start_worker(options.rank, options.coordinator, token, options.lifeline_fd, watched)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ def rank_processes(
     on_lost: Callable[[str], None],
     import_path: Sequence[str] = (),
 ) -> RankProcesses | None:
-    """What starts the ranks of this host, as ``parallel`` says; None when it starts none of them. ``import_path``: where
-    ranks find the modules of the app."""
+    """What starts the ranks of this host, as ``parallel`` says; None when it starts none of them. ``import_path``:
+    where ranks find the modules of the app."""
     if not parallel.local_ranks:
         return None
     if parallel.executor_backend == "uni":

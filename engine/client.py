@@ -15,6 +15,7 @@ from drumline.engine.config import EngineConfig
 from drumline.engine.connection import Connection, Timing
 from drumline.engine.control_calls import check_method, check_timeout, pack_arguments, rank_reply
 from drumline.engine.generation import Generation
+from drumline.engine.launch.external import ExternalLaunch
 from drumline.engine.launch.local import LocalEngine, start_local
 from drumline.engine.outputs import RankReply
 from drumline.engine.prompts import check_request_id, load_tokenizer, prompt_ids, submit_message
@@ -304,6 +305,12 @@ class AsyncEngine:
             lambda call_id: CallRanks(call_id, name, packed, limit), f"call {name!r}", limit + _CALL_SLACK_S
         )
         return sorted((rank_reply(answer) for answer in result.answers), key=lambda reply: reply.rank)
+
+    @property
+    def launch(self) -> ExternalLaunch | None:
+        """How a job script starts the ranks that this engine does not start; None when it starts all, or has not begun
+        to. It may start them once the event "waiting" has been told; :meth:`start` waits for them meanwhile."""
+        return self._local.launch if self._local is not None else None
 
     def _require_ready(self) -> tuple[Connection, ModelInfo]:
         self._check_not_closing()

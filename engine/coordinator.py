@@ -26,6 +26,7 @@ from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.evidence import Loss
 from drumline.engine.core.members import EpochReady, Loading
 from drumline.engine.core.results import check_acknowledgement
+from drumline.engine.launch.external import waiting_event
 from drumline.engine.launch.order import Order
 from drumline.engine.resolve import ResolvedConfig, resolve
 from drumline.engine.running_clock import TICK_S, RunningClock
@@ -67,7 +68,7 @@ class Coordinator:
 
     def __init__(self, order: Order, resolved: ResolvedConfig | None = None) -> None:
         self.order = order
-        self.resolved = resolved if resolved is not None else resolve(order.config)
+        self.resolved = (resolved or resolve(order.config)).in_folder(order.runtime_dir)
         self.incarnation = uuid.uuid4().hex
         self.state = EngineState.STARTING
         self.error: ErrorInfo | None = None
@@ -239,8 +240,11 @@ class Coordinator:
         if self._welcome is not None:
             self.clients.connections.reply(connection, self._welcome)
             return
-        ranks = len(self.workers.membership.ranks)
+        ranks = len(self.resolved.config.parallel.local_ranks)
         self.clients.connections.reply(connection, Event("starting", f"starting {ranks} worker processes"))
+        awaited = self.workers.membership.awaited
+        if self.workers.launch is not None and awaited:
+            self.clients.connections.reply(connection, waiting_event(self.workers.launch, awaited))
         for warning in self.resolved.warnings:
             self.clients.connections.reply(connection, Event("warning", warning))
 

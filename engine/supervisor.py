@@ -1,9 +1,9 @@
 """The process that owns all others of an engine: ``python -m drumline.engine.supervisor``.
 
-It reads one :class:`~drumline.engine.launch.order.Order` from stdin, starts the coordinator and the workers'
-forkserver, starts and kills workers as the coordinator asks, and reports every exit at once. Its stdin is its lifeline:
-when it ends, or SIGTERM comes, or the coordinator ends, everything it owns ends within 3 s and the runtime directory is
-removed. A fatal error goes to the owner as a JSON line on stdout.
+It reads one :class:`~drumline.engine.launch.order.Order` from stdin, starts the coordinator and what starts the ranks
+(:mod:`~drumline.engine.launch.rank_processes`), starts and kills workers as the coordinator asks, and reports every
+exit at once. Its stdin is its lifeline: when it ends, or SIGTERM comes, or the coordinator ends, everything it owns
+ends within 3 s and the runtime directory is removed. A fatal error goes to the owner as a JSON line on stdout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 import zmq
 
-from drumline.engine.launch.forkserver_pipe import Forkserver
 from drumline.engine.launch.order import (
     MAX_LINE_BYTES,
     Order,
@@ -31,6 +30,7 @@ from drumline.engine.launch.order import (
     remove_runtime_dir,
 )
 from drumline.engine.launch.owned_process import OwnedProcess, watch_owner
+from drumline.engine.launch.rank_processes import RankProcesses, rank_processes
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import EngineClosed, ErrorInfo, ProtocolError
 from drumline.protocol.messages import (
@@ -56,7 +56,7 @@ KILL_S = 0.8
 
 
 class Supervisor:
-    """Owns coordinator, forkserver and workers from :meth:`run` on."""
+    """Owns the coordinator and the workers of this host from :meth:`run` on."""
 
     def __init__(self, order: Order) -> None:
         self._order = order
@@ -68,7 +68,7 @@ class Supervisor:
         self._coordinator_error: ErrorInfo | None = None
         self._unsent: deque[FromSupervisor] = deque(maxlen=4096)
         self._context: zmq.Context[Any] = zmq.Context()
-        self._forkserver: Forkserver | None = None
+        self._ranks: RankProcesses | None = None
         self._coordinator: OwnedProcess | None = None
         self._dealer: Dealer[ToSupervisor] | None = None
 
@@ -103,8 +103,9 @@ class Supervisor:
 
     def _start(self) -> None:
         # The forkserver first: importing torch is what a start waits for.
-        self._forkserver = Forkserver(
+        self._ranks = rank_processes(
             self._loop,
+            self._order.config.parallel,
             on_spawned=self._say,
             on_exited=self._say,
             on_lost=lambda text: self._fail(text),
@@ -140,7 +141,7 @@ class Supervisor:
             self._dealer.send(message)
 
     async def _receive(self) -> None:
-        if self._dealer is None or self._forkserver is None:
+        if self._dealer is None:
             return  # the start failed and the end is under way
         while True:
             try:
@@ -150,10 +151,11 @@ class Supervisor:
                 self._loop.call_later(GRACE_S, self._fail, error.text)
                 return
             if isinstance(message, Spawn):
-                if not self._stopping:
-                    self._forkserver.spawn(message.rank, self._order.worker_endpoint, message.token)
+                if self._ranks is not None and not self._stopping:
+                    self._ranks.spawn(message.rank, self._order.worker_endpoint, message.token)
             elif isinstance(message, Kill):
-                self._forkserver.kill(message.pid, signal.SIGKILL)
+                if self._ranks is not None:
+                    self._ranks.kill(message.pid, signal.SIGKILL)
             elif isinstance(message, Stopping):
                 self._coordinator_error = self._coordinator_error or message.error
                 if self._coordinator is None:
@@ -209,7 +211,7 @@ class Supervisor:
     async def _stop_all(self) -> None:
         """End what is owned: politely, then by SIGTERM, then by SIGKILL, within 3 s in all."""
         self._stopping = True
-        coordinator, forkserver = self._coordinator, self._forkserver
+        coordinator, ranks = self._coordinator, self._ranks
         self._say(Stopping(reason="the owner of the engine is gone or closes it", error=self._error))
         if coordinator is not None:
             # The fatal error must arrive before the lifeline ends, which would end the coordinator without it.
@@ -218,22 +220,24 @@ class Supervisor:
             coordinator.close_lifeline()
             if not await coordinator.wait(GRACE_S):
                 coordinator.signal(signal.SIGTERM)
-        if forkserver is not None:
-            if self._error is None:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(GRACE_S / 2):
-                        await forkserver.no_workers.wait()
-            forkserver.close()
-            if not await forkserver.process.wait(TERM_S):
-                forkserver.kill_all(signal.SIGTERM)
-        for process in (coordinator, forkserver.process if forkserver is not None else None):
-            if process is not None and not await process.wait(TERM_S / 2):
-                process.signal(signal.SIGKILL)
-        if forkserver is not None:
-            forkserver.kill_all(signal.SIGKILL)
-            await forkserver.process.wait(KILL_S)
+        if ranks is not None:
+            await self._stop_ranks(ranks)
         if coordinator is not None:
+            if not await coordinator.wait(TERM_S / 2):
+                coordinator.signal(signal.SIGKILL)
             await coordinator.wait(KILL_S)
+
+    async def _stop_ranks(self, ranks: RankProcesses) -> None:
+        if self._error is None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GRACE_S / 2):
+                    await ranks.no_workers.wait()
+        ranks.close()
+        if not await ranks.wait(TERM_S):
+            ranks.kill_all(signal.SIGTERM)
+        await ranks.wait(TERM_S / 2)
+        ranks.kill_all(signal.SIGKILL)
+        await ranks.wait(KILL_S)
 
     def _tell(self, report: Report) -> None:
         """Write a line to the owner; an owner that is gone reads nothing."""

@@ -26,6 +26,7 @@ from drumline.engine.core.members import (
     ToPeer,
 )
 from drumline.engine.core.membership import Membership
+from drumline.engine.launch.external import external_launch, write_launch_token
 from drumline.engine.launch.order import Order
 from drumline.engine.resolve import ResolvedConfig
 from drumline.protocol.codec import Codec
@@ -104,7 +105,10 @@ class WorkerPort:
             hwm=HWM,
             max_frame_bytes=MAX_FRAME_BYTES,
         )
-        faults = resolved.config.faults
+        #: How the ranks that somebody else starts are started, None when there are none.
+        self.launch = external_launch(order)
+        self._disconnected = 0
+        faults, parallel = resolved.config.faults, resolved.config.parallel
         self.membership = Membership(
             MembershipConfig(
                 term=order.term,
@@ -113,7 +117,11 @@ class WorkerPort:
                 digest=resolved.digest,
                 supervisor_token=order.supervisor_token,
                 placements=resolved.placements,
+                store_host=parallel.data_parallel_master_ip,
+                store_port=parallel.data_parallel_master_port,
                 start_deadline_s=faults.start_deadline_s,
+                external_ranks=frozenset(self.launch.ranks if self.launch is not None else ()),
+                launch_token=write_launch_token(self.launch) if self.launch is not None else "",
             ),
             new_token=lambda: secrets.token_urlsafe(24),
             now=read_clock(),
@@ -173,12 +181,17 @@ class WorkerPort:
         if due is None:
             return
         if due <= now:
+            self._probe_external_ranks()
             self._carry_out(self.membership.tick(now))
         else:
             self._events.suspected()
 
     def tick(self, now: float) -> None:
         """Deadlines; called about once a second."""
+        disconnected = self.router.statistics().disconnected
+        if disconnected != self._disconnected:
+            self._disconnected = disconnected
+            self._probe_external_ranks()
         for clock in self.clocks:
             overdue = clock.overdue(now)
             if overdue is not None:
@@ -195,6 +208,16 @@ class WorkerPort:
         if now - self._beat_at >= BEAT_S:
             self._beat_at = now
             self._to_owner(Beat(os.getpid()))
+
+    def _probe_external_ranks(self) -> None:
+        """Find out which ranks that no supervisor watches are gone: a connection ended, or a peer misses somebody.
+
+        The socket does not say whose connection ended; a send does. What is sent is of no term, and dropped there.
+        """
+        for rank in self.launch.ranks if self.launch is not None else ():
+            record = self.membership.ranks[rank]
+            if record.state is not RankState.DEAD:
+                self.send(rank, Call(0, 0, 0, "ping"))
 
     def _carry_out(self, outputs: list[Output]) -> None:
         for output in outputs:

@@ -17,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", required=True, type=int, help="global rank, from 0")
     parser.add_argument("--token-file", required=True, type=Path, help="file with the launch token")
     parser.add_argument("--lifeline-fd", type=int, default=None, help="read end of the owner's lifeline pipe")
+    parser.add_argument("--import-path", action="append", default=[], metavar="FOLDER", help="added to sys.path")
     options = parser.parse_args(arguments)
     if options.rank < 0:
         parser.error(f"argument --rank: found {options.rank}; valid: a whole number from 0")
@@ -25,7 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"argument --token-file: {error}")
     sleep_while_waiting()
-    return start_worker(options.rank, options.coordinator, token, options.lifeline_fd)
+    # At the end: torch is still to be imported, and another folder's module must not take the place of one of its own.
+    sys.path += [entry for entry in options.import_path if entry not in sys.path]
+    watched = options.token_file if options.lifeline_fd is None else None
+    return start_worker(options.rank, options.coordinator, token, options.lifeline_fd, watched)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 INBOX_LIMIT = 16
 OUTBOX_LIMIT = 64
 WELCOME_DEADLINE_S = 30.0
+LOOK_S = 0.5
 SHUTDOWN_GRACE_S = 1.0
 FLUSH_DEADLINE_S = 1.0
 ROOM_DEADLINE_S = 5.0
@@ -67,9 +69,12 @@ class Identity(msgspec.Struct, frozen=True):
 
 
 class Control:
-    """The control thread and the queues between it and the main thread."""
+    """The control thread and the queues between it and the main thread. ``token_file``: of a rank without a lifeline,
+    there for as long as its engine is."""
 
-    def __init__(self, identity: Identity, endpoint: str, lifeline: int | None, signals: int) -> None:
+    def __init__(
+        self, identity: Identity, endpoint: str, lifeline: int | None, signals: int, token_file: Path | None = None
+    ) -> None:
         self.identity = identity
         # SimpleQueue is one lock in C; its bound is kept by the only thread that puts.
         self.inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
@@ -77,6 +82,7 @@ class Control:
         self.progress = Progress()
         self._endpoint = endpoint
         self._lifeline = lifeline
+        self._token_file = token_file
         self._signals = signals
         self._outbox: queue.SimpleQueue[FromWorker] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -178,7 +184,7 @@ class Control:
         if self._held is not None:
             return RETRY_S
         now = time.monotonic()
-        due = self._next_beat if self._welcomed else self._started + WELCOME_DEADLINE_S
+        due = self._next_beat if self._welcomed else min(self._started + WELCOME_DEADLINE_S, now + LOOK_S)
         if self._exit_at is not None:
             due = min(due, self._exit_at)
         return max(0.0, due - now)
@@ -190,6 +196,9 @@ class Control:
         if not self._welcomed:
             if now >= self._started + WELCOME_DEADLINE_S:
                 raise EngineClosed(f"no welcome from {self._endpoint} within {WELCOME_DEADLINE_S:.0f} s")
+            if self._token_file is not None and not self._token_file.exists():
+                # A connection that never stood cannot be lost; the folder of an engine goes when the engine does.
+                raise EngineClosed(f"the engine is gone, and {self._token_file} with it")
         elif now >= self._next_beat:
             self._next_beat = now + self._beat_interval
             if self._held is None:

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import uuid
+from pathlib import Path
 
 from drumline.protocol.errors import DrumlineError
 from drumline.protocol.messages import Fault
@@ -27,13 +28,16 @@ SWITCH_INTERVAL_S = 0.0005
 _PR_SET_NAME = 15
 
 
-def start_worker(rank: int, endpoint: str, token: str, lifeline_fd: int | None) -> int:
-    """Be the worker of ``rank``. Call on the main thread of a fresh process; ends the process."""
+def start_worker(rank: int, endpoint: str, token: str, lifeline_fd: int | None, token_file: Path | None = None) -> int:
+    """Be the worker of ``rank``. Call on the main thread of a fresh process; ends the process.
+
+    Without a lifeline it ends with the connection to its coordinator, and before it has one with ``token_file``.
+    """
     _start_log(rank)
     watched = None if lifeline_fd is None else lifeline.arm(lifeline_fd)
     _set_process_name(f"drumline:r{rank}")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    control = Control(Identity(rank, uuid.uuid4().hex, token), endpoint, watched, take_signals())
+    control = Control(Identity(rank, uuid.uuid4().hex, token), endpoint, watched, take_signals(), token_file)
     control.start()
     try:
         from drumline.workers.worker import Worker

@@ -127,6 +127,10 @@ class Forkserver:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    async def wait(self, timeout: float) -> bool:
+        """Whether the forkserver has ended within ``timeout`` seconds; its workers end before it does."""
+        return await self.process.wait(timeout)
+
     def _output(self, data: bytes) -> None:
         try:
             reports = self._reader.feed(data)

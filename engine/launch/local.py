@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drumline.engine.config import EngineConfig
+from drumline.engine.launch.external import ExternalLaunch, external_launch
 from drumline.engine.launch.order import (
     MAX_LINE_BYTES,
     RUNTIME_PREFIX,
@@ -23,6 +24,7 @@ from drumline.engine.launch.order import (
     remove_runtime_dir,
 )
 from drumline.engine.launch.owned_process import OwnedProcess
+from drumline.engine.launch.ports import check_ports, worker_endpoint
 from drumline.engine.resolve import ResolvedConfig, resolve
 from drumline.protocol.endpoints import MAX_IPC_PATH_BYTES
 from drumline.protocol.errors import EngineClosed, ErrorInfo, InvalidConfig, StartFailed
@@ -39,6 +41,7 @@ class LocalEngine:
     """The processes of one engine. ``failed`` gets the error when they end without having been closed.
 
     ``client_endpoint``: where clients connect. ``runtime_dir``: the private folder of the sockets, gone after the end.
+    ``launch``: how the ranks that are not started here are started, None when all are.
     """
 
     def __init__(self, order: Order) -> None:
@@ -46,6 +49,7 @@ class LocalEngine:
         self._order = order
         self.client_endpoint = order.client_endpoint
         self.runtime_dir = order.runtime_dir
+        self.launch: ExternalLaunch | None = external_launch(order)
         self.failed: asyncio.Future[ErrorInfo] = loop.create_future()
         self._lines = bytearray()
         self._error: ErrorInfo | None = None
@@ -129,6 +133,7 @@ async def start_local(config: EngineConfig, on_event: Callable[[Event], None] | 
     Raises InvalidConfig before anything is started, StartFailed when the supervisor cannot be.
     """
     resolved = await asyncio.to_thread(resolve, config)
+    check_ports(config.parallel, resolved.groups)
     runtime_dir = make_runtime_dir()
     try:
         engine = LocalEngine(
@@ -136,7 +141,7 @@ async def start_local(config: EngineConfig, on_event: Callable[[Event], None] | 
                 config=config,
                 runtime_dir=runtime_dir,
                 client_endpoint=f"ipc://{runtime_dir}/client.sock",
-                worker_endpoint=f"ipc://{runtime_dir}/worker.sock",
+                worker_endpoint=worker_endpoint(config.parallel, runtime_dir),
                 supervisor_token=secrets.token_urlsafe(24),
                 owner_pid=os.getpid(),
                 with_coordinator=not config.inline,

@@ -16,7 +16,7 @@ class OwnedProcess:
     """``python -m module`` with a pipe on stdin (its lifeline) and one on stdout.
 
     ``on_exit(code, signal)`` is called in the loop as soon as the process ends; ``on_output(data)`` for what it writes
-    to stdout, empty at its end. stderr is the owner's own.
+    to stdout, empty at its end. stderr is the owner's own, or with ``merge_stderr`` goes where stdout goes.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class OwnedProcess:
         pass_fds: Sequence[int] = (),
         new_session: bool = False,
         first_line: bytes = b"",
+        merge_stderr: bool = False,
     ) -> None:
         self._loop = loop
         self._on_output = on_output
@@ -38,6 +39,7 @@ class OwnedProcess:
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if merge_stderr else None,
             pass_fds=pass_fds,
             start_new_session=new_session,
             bufsize=0,

@@ -1,22 +1,34 @@
-"""An app that embeds an engine, to be killed: ``python -m tests.integration.engine.app [--inline]``.
+"""An app that embeds an engine, to be killed: ``python -m tests.integration.engine.app [--inline] [--external]``.
 
-Prints a line when it begins to start, when it is ready and for each token.
+Prints a line when it begins to start, when it is ready and for each token. With --external it starts the ranks itself,
+in sessions of their own, so that they outlive it unless they notice its end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 
 from drumline.engine.client import AsyncEngine
 from drumline.engine.config import EngineConfig, ParallelConfig
 from drumline.engine.sampling_params import SamplingParams
+from drumline.protocol.messages import Event
 
 
 async def main() -> None:
-    parallel = ParallelConfig(data_parallel_size=2, enable_expert_parallel=True)
+    backend = "external_launcher" if "--external" in sys.argv else "mp"
+    parallel = ParallelConfig(data_parallel_size=2, enable_expert_parallel=True, distributed_executor_backend=backend)
+    config = EngineConfig("demo", parallel=parallel, inline="--inline" in sys.argv)
+
+    def on_event(event: Event) -> None:
+        if event.kind == "waiting" and engine.launch is not None:
+            for rank in engine.launch.ranks:
+                subprocess.Popen(engine.launch.command(rank), start_new_session=True)
+
     print("start", flush=True)
-    async with AsyncEngine(EngineConfig("demo", parallel=parallel, inline="--inline" in sys.argv)) as engine:
+    engine = AsyncEngine(config, on_event=on_event)
+    async with engine:
         print("ready", flush=True)
         while True:
             params = SamplingParams(max_tokens=500, temperature=0.8, seed=1, ignore_eos=True)

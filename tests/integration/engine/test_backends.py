@@ -1,0 +1,242 @@
+"""Who starts the ranks: one process alone, a job script, or both a forkserver and a job script."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from drumline.engine.client import AsyncEngine
+from drumline.engine.config import CacheConfig, EngineConfig, ParallelConfig
+from drumline.engine.errors import EngineClosed, InvalidConfig, RequestFailed, StartFailed
+from drumline.protocol.endpoints import bind_tcp
+from drumline.protocol.messages import Event
+from tests.integration.engine.processes import marked, running, until, wait_all_gone, wait_until, workers
+from tests.integration.engine.test_life import ONE, TWO, eight_tokens
+from tests.integration.engine.test_lifelines import app, kill_app, read_until
+from tests.integration.engine.test_lost_ranks import read_to_the_end
+
+UNI = msgspec.structs.replace(ONE, parallel=ParallelConfig(distributed_executor_backend="uni"))
+
+
+def two(**settings: Any) -> EngineConfig:
+    return msgspec.structs.replace(TWO, parallel=msgspec.structs.replace(TWO.parallel, **settings))
+
+
+EXTERNAL = two(distributed_executor_backend="external_launcher")
+MIXED = two(data_parallel_size_local=1)
+
+
+class Job:
+    """A job script: starts the ranks that the engine says it waits for."""
+
+    def __init__(self) -> None:
+        self.engine: AsyncEngine | None = None
+        self.ranks: dict[int, subprocess.Popen[bytes]] = {}
+        self.events: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if event.kind == "waiting":
+            assert self.engine is not None
+            assert self.engine.launch is not None
+            for rank in self.engine.launch.ranks:
+                self.ranks[rank] = self.start_another(rank)
+
+    def start_another(self, rank: int) -> subprocess.Popen[bytes]:
+        assert self.engine is not None
+        assert self.engine.launch is not None
+        return subprocess.Popen(self.engine.launch.command(rank))
+
+    def exit_codes(self) -> list[int]:
+        return [process.wait(5.0) for _, process in sorted(self.ranks.items())]
+
+
+@pytest.fixture
+def job() -> Iterator[Job]:
+    one = Job()
+    yield one
+    for process in one.ranks.values():
+        process.kill()
+        process.wait(5.0)
+
+
+@asynccontextmanager
+async def run_with(config: EngineConfig, job: Job) -> AsyncIterator[AsyncEngine]:
+    job.engine = AsyncEngine(config, on_event=job)
+    async with job.engine as engine:
+        yield engine
+
+
+async def test_one_rank_alone_needs_no_forkserver_and_says_the_same(mark: str, runtime_root: Path) -> None:
+    async with running(ONE) as engine:
+        expected = await eight_tokens(engine)
+    async with running(UNI) as engine:
+        assert await eight_tokens(engine) == expected
+        assert len(marked(mark)) == 3
+        assert len(workers(mark)) == 1
+        assert not any("forkserver" in command for command in marked(mark).values())
+        status = await engine.status()
+        assert [rank.pid for rank in status.ranks] == workers(mark)
+        assert not any(token in command for command in marked(mark).values() for token in ("launch-token", "secret"))
+    wait_all_gone(mark, runtime_root, 0.5)
+
+
+async def test_one_rank_alone_that_is_killed_fails_its_requests_by_name(mark: str) -> None:
+    async with running(UNI) as engine:
+        started = asyncio.Event()
+        reader = asyncio.create_task(read_to_the_end(engine, started))
+        await asyncio.wait_for(started.wait(), 30.0)
+        (victim,) = workers(mark)
+        os.kill(victim, signal.SIGKILL)
+        with pytest.raises(RequestFailed, match=rf"rank 0 \(pid {victim}\) ended with signal 9"):
+            await reader
+        await until(lambda: not marked(mark), 3.0, f"left: {marked(mark)}")
+
+
+async def test_one_rank_alone_that_cannot_load_fails_the_start_in_its_own_words(mark: str) -> None:
+    config = msgspec.structs.replace(UNI, cache=CacheConfig(kv_cache_memory_bytes=1))
+    with pytest.raises(StartFailed) as caught:
+        await AsyncEngine(config).start()
+    assert caught.value.info.field == "kv_cache_memory_bytes"
+
+
+async def test_a_killed_supervisor_takes_a_rank_alone_with_it(mark: str, runtime_root: Path) -> None:
+    async with running(UNI) as engine:
+        status = await engine.status()
+        os.kill(status.supervisor.pid, signal.SIGKILL)
+        await until(lambda: not marked(mark), 3.0, f"left: {marked(mark)}")
+
+
+async def test_ranks_of_a_job_script_serve_like_those_of_a_forkserver(mark: str, runtime_root: Path, job: Job) -> None:
+    async with running(TWO) as engine:
+        expected = await eight_tokens(engine)
+    async with run_with(EXTERNAL, job) as engine:
+        assert engine.launch is not None
+        token = engine.launch.token_file
+        assert stat.S_IMODE(os.stat(token).st_mode) == 0o600  # noqa: PTH116
+        assert engine.launch.ranks == (0, 1)
+        assert await eight_tokens(engine) == expected
+        status = await engine.status()
+        assert [rank.pid for rank in status.ranks] == [job.ranks[0].pid, job.ranks[1].pid]
+        # The app, its supervisor and coordinator; nothing that starts ranks.
+        assert len(marked(mark)) == 4
+    assert job.exit_codes() == [0, 0]
+    wait_all_gone(mark, runtime_root, 0.5)
+    (waiting,) = [event for event in job.events if event.kind == "waiting"]
+    assert (waiting.done, waiting.total) == (0, 2)
+    assert f"--token-file {token}` for N in 0-1" in waiting.text
+
+
+async def test_replicas_are_started_here_and_by_a_job_script(mark: str, runtime_root: Path, job: Job) -> None:
+    async with running(TWO) as engine:
+        expected = await eight_tokens(engine)
+    async with run_with(MIXED, job) as engine:
+        assert engine.launch is not None
+        assert engine.launch.ranks == (1,)
+        assert await eight_tokens(engine) == expected
+        status = await engine.status()
+        assert status.ranks[1].pid == job.ranks[1].pid
+        assert any("forkserver" in command for command in marked(mark).values())
+    assert job.exit_codes() == [0]
+    wait_all_gone(mark, runtime_root, 0.5)
+
+
+async def test_a_second_process_for_a_rank_is_refused_and_ends_with_the_engine(mark: str, job: Job) -> None:
+    async with run_with(EXTERNAL, job) as engine:
+        second = job.start_another(1)
+
+        async def refused() -> int:
+            return (await engine.status()).counters["worker_messages_duplicate_hello"]
+
+        deadline = time.monotonic() + 30.0
+        while not await refused():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+        assert len(await eight_tokens(engine)) == 8
+        assert (await engine.status()).ranks[1].pid == job.ranks[1].pid
+        await engine.close()
+        assert second.wait(3.0) != 0
+    assert job.exit_codes() == [0, 0]
+
+
+@pytest.mark.parametrize("config", [EXTERNAL, MIXED], ids=["all by the job", "half by the job"])
+async def test_a_job_rank_that_is_killed_fails_every_request_by_name(mark: str, job: Job, config: EngineConfig) -> None:
+    async with run_with(config, job) as engine:
+        started = asyncio.Event()
+        reader = asyncio.create_task(read_to_the_end(engine, started))
+        await asyncio.wait_for(started.wait(), 30.0)
+        victim = job.ranks[1]
+        victim.kill()
+        killed_at = time.monotonic()
+        with pytest.raises(RequestFailed, match=rf"rank 1 \(pid {victim.pid}\)") as caught:
+            await reader
+        assert time.monotonic() - killed_at < 2.0
+        assert caught.value.rank == 1
+        with pytest.raises(EngineClosed, match="rank 1"):
+            await eight_tokens(engine)
+    assert job.exit_codes()[-1] == -signal.SIGKILL
+    await until(lambda: not marked(mark), 3.0, f"left: {marked(mark)}")
+
+
+async def test_a_job_rank_that_is_killed_while_idle_is_found_out(mark: str, job: Job) -> None:
+    async with run_with(EXTERNAL, job) as engine:
+        job.ranks[0].kill()
+        await until(lambda: any(event.kind == "fault" for event in job.events), 3.0, "no fault was told")
+        with pytest.raises(EngineClosed, match="rank 0"):
+            await eight_tokens(engine)
+    assert job.exit_codes() == [-signal.SIGKILL, 0]
+
+
+async def test_a_job_rank_that_dies_while_it_starts_fails_the_start(mark: str, job: Job) -> None:
+    job.engine = AsyncEngine(EXTERNAL, on_event=job)
+    start = asyncio.create_task(job.engine.start())
+    await until(lambda: len(workers(mark)) == 2, 30.0, "no rank was started")
+    job.ranks[1].kill()
+    with pytest.raises(StartFailed, match="rank 1") as caught:
+        await start
+    assert caught.value.rank == 1
+
+
+@pytest.mark.parametrize("moment", ["loads", "serves"])
+def test_a_killed_app_takes_the_ranks_of_its_job_with_it(mark: str, runtime_root: Path, moment: str) -> None:
+    with app("--external") as process:
+        if moment == "serves":
+            read_until(process, "token 5")
+        wait_until(lambda: len(workers(mark)) == 2, 30.0, "no rank was started")
+        kill_app(process)
+        wait_all_gone(mark, runtime_root)
+
+
+async def test_ports_that_were_asked_for_are_taken(mark: str, job: Job) -> None:
+    rpc, master = free_port(), free_port()
+    config = two(
+        distributed_executor_backend="external_launcher", data_parallel_rpc_port=rpc, data_parallel_master_port=master
+    )
+    async with run_with(config, job) as engine:
+        assert engine.launch is not None
+        assert engine.launch.endpoint == f"tcp://127.0.0.1:{rpc}"
+        assert len(await eight_tokens(engine)) == 8
+        with pytest.raises(InvalidConfig, match=str(master)):
+            bind_tcp("127.0.0.1", master)
+        for field, port in (("data_parallel_rpc_port", rpc), ("data_parallel_master_port", master)):
+            with pytest.raises(InvalidConfig, match="in use") as caught:
+                await AsyncEngine(two(**{field: port})).start()
+            assert caught.value.info.field == field
+    assert job.exit_codes() == [0, 0]
+
+
+def free_port() -> int:
+    bound, port = bind_tcp("127.0.0.1")
+    bound.close()
+    return port

@@ -46,7 +46,8 @@ from drumline.workers.progress import Progress
 
 log = logging.getLogger(__name__)
 
-INBOX_LIMIT = 16
+INBOX_LIMIT = 32
+"""The steps in flight (pipeline stages and one) and eight control calls fit, for up to 22 stages."""
 OUTBOX_LIMIT = 64
 WELCOME_DEADLINE_S = 30.0
 LOOK_S = 0.5

@@ -61,10 +61,9 @@ def _refuse(field: str, named: str, clashes: list[str], base: type) -> None:
 
 def _imported(field: str, named: str) -> type:
     """The class called ``module.Class`` or ``module:Class``."""
-    colon = ":" if ":" in named else "."
-    module_name, _, qualified = named.rpartition(colon)
+    module_name, _, name = named.rpartition(":" if ":" in named else ".")
     valid = "module.Class or module:Class, of a module that the rank can import"
-    if not module_name or not qualified or module_name.startswith("."):
+    if not module_name or not name or module_name.startswith("."):
         raise InvalidConfig(field, repr(named), valid)
     if module_name == "__main__":
         raise InvalidConfig(field, f"{named}: the script of the app is not imported by ranks", valid)
@@ -72,8 +71,7 @@ def _imported(field: str, named: str) -> type:
         found: object = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever a module of somebody else's does when it is imported
         raise InvalidConfig(field, f"{named} ({type(error).__name__}: {error})", valid) from error
-    for part in qualified.split("."):
-        found = getattr(found, part, None)
+    found = getattr(found, name, None)
     if not isinstance(found, type):
-        raise InvalidConfig(field, f"{named}: module {module_name} has no class {qualified}", valid)
+        raise InvalidConfig(field, f"{named}: module {module_name} has no class {name}", valid)
     return found

@@ -27,6 +27,7 @@ from drumline.protocol.messages import (
     WorkerConfig,
 )
 from drumline.protocol.placement import initial_placement
+from drumline.workers.control import INBOX_LIMIT
 from tests.checkpoints import Checkpoints
 from tests.integration.workers.processes import (
     CoordinatorEnd,
@@ -287,11 +288,11 @@ async def test_more_steps_than_the_queue_holds_are_a_fault(
     os.kill(pids[1], signal.SIGSTOP)
     coordinator.send(0, step(0, [len(PROMPT), 0], **admission(PROMPT)))
     await _until_inside_collective(coordinator)
-    for number in range(1, 30):
+    for number in range(1, INBOX_LIMIT + 4):
         coordinator.send(0, step(number, [1, 0]))
     fault = await coordinator.expect(Fault, 0)
     assert fault.error.kind == "protocol"
-    assert "the limit is 16" in fault.error.text
+    assert f"the limit is {INBOX_LIMIT}" in fault.error.text
     forkserver.kill(pids[1], signal.SIGKILL)
     coordinator.send(0, Shutdown(1))
     assert forkserver.expect_exit(pids[0], 5.0)[:2] == (0, 0)

@@ -25,11 +25,6 @@ class Extension:
         return "extra"
 
 
-class Outer:
-    class Inner(Worker):
-        pass
-
-
 class Clashing:
     def run(self) -> int:
         return 1
@@ -67,10 +62,6 @@ def test_auto_is_the_worker_itself() -> None:
 @pytest.mark.parametrize("named", [f"{HERE}.Mine", f"{HERE}:Mine"])
 def test_a_class_is_named_by_module_and_name(named: str) -> None:
     assert worker_class(Worker, named, "") is Mine
-
-
-def test_a_class_inside_another_is_named_behind_a_colon() -> None:
-    assert worker_class(Worker, f"{HERE}:Outer.Inner", "") is Outer.Inner
 
 
 def test_an_extension_is_mixed_into_the_worker_class() -> None:

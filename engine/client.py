@@ -17,6 +17,8 @@ from drumline.engine.control_calls import check_method, check_timeout, pack_argu
 from drumline.engine.generation import Generation
 from drumline.engine.launch.external import ExternalLaunch
 from drumline.engine.launch.local import LocalEngine, start_local
+from drumline.engine.layout_report.report import LayoutReport
+from drumline.engine.layout_report.running import report_of
 from drumline.engine.outputs import RankReply
 from drumline.engine.prompts import check_request_id, load_tokenizer, prompt_ids, submit_message
 from drumline.engine.sampling_params import SamplingParams
@@ -36,6 +38,7 @@ from drumline.protocol.messages import (
     CallRanks,
     Cancel,
     Event,
+    LayoutQuery,
     ModelInfo,
     StatusQuery,
     Submit,
@@ -284,6 +287,12 @@ class AsyncEngine:
             return msgspec.json.decode(report.status, type=EngineStatus)
         except msgspec.MsgspecError as error:
             raise ProtocolError(f"the coordinator's status does not decode: {error}") from error
+
+    async def layout(self) -> LayoutReport:
+        """Which rank holds what: layers, heads, experts, bytes, groups. What ``drumline layout --json`` prints."""
+        connection, _ = self._require_ready()
+        facts = await connection.call(LayoutQuery, "layout")
+        return await asyncio.to_thread(report_of, facts)
 
     async def collective_rpc(
         self,

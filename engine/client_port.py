@@ -9,6 +9,8 @@ import zmq
 
 from drumline.engine.client_connections import MAX_UNREAD, ClientConnection, Connections
 from drumline.engine.core.engine_core import EngineCore
+from drumline.engine.layout_report.running import layout_facts
+from drumline.engine.resolve import ResolvedConfig
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
@@ -22,6 +24,7 @@ from drumline.protocol.messages import (
     FromClient,
     Goodbye,
     HelloClient,
+    LayoutQuery,
     Rejected,
     Resume,
     Resumed,
@@ -45,6 +48,10 @@ class ServingEngine(Protocol):
     @property
     def core(self) -> EngineCore | None:
         """None until every group is ready."""
+
+    @property
+    def resolved(self) -> ResolvedConfig:
+        """What it was started with."""
 
     def refusal(self) -> ErrorInfo | None:
         """Why nothing is admitted now, None while the engine serves."""
@@ -131,6 +138,8 @@ class ClientPort:
             self._about_request(connection, message, now)
         elif isinstance(message, StatusQuery):
             self.connections.reply(connection, StatusReport(message.call_id, self._engine.status_json(now)))
+        elif isinstance(message, LayoutQuery):
+            self.connections.reply(connection, layout_facts(message.call_id, self._engine.resolved))
         elif isinstance(message, CallRanks):
             self._engine.call_ranks(connection, message, now)
         elif isinstance(message, Goodbye):

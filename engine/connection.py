@@ -38,6 +38,7 @@ from drumline.protocol.messages import (
     FromClient,
     Goodbye,
     HelloClient,
+    LayoutFacts,
     Rejected,
     Resumed,
     StatusQuery,
@@ -171,7 +172,9 @@ class Connection:
             case _:
                 self._take_answer(message)
 
-    def _take_answer(self, message: Accepted | Rejected | Cancelled | Failed | StatusReport | CallRanksResult) -> None:
+    def _take_answer(
+        self, message: Accepted | Rejected | Cancelled | Failed | StatusReport | CallRanksResult | LayoutFacts
+    ) -> None:
         match message:
             case Rejected():
                 self._reject(message)
@@ -183,7 +186,7 @@ class Connection:
             case Cancelled():
                 self.inbox.cancelled(self._cancels.pop(message.call_id, None))
                 self._answer(message.call_id, message)
-            case StatusReport() | CallRanksResult():
+            case StatusReport() | CallRanksResult() | LayoutFacts():
                 self._answer(message.call_id, message)
 
     def _post_all(self, messages: list[FromClient]) -> None:

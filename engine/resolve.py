@@ -96,7 +96,7 @@ def resolve(config: EngineConfig) -> ResolvedConfig:
     CheckpointIndex.open(folder)
     parallel = config.parallel
     layout = parallel_layout(parallel, spec)
-    max_model_len = _max_model_len(config, spec)
+    max_model_len = longest_context(config, spec)
     check_chunked_prefill(config.scheduler, max_model_len)
     groups = tuple(
         tuple(rank for dp_rank in replicas for rank in layout.replica_ranks(dp_rank))
@@ -125,7 +125,8 @@ def resolve(config: EngineConfig) -> ResolvedConfig:
     )
 
 
-def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+def longest_context(config: EngineConfig, spec: ModelSpec) -> int:
+    """``max_model_len`` in tokens, the model's own where None was given. Raises InvalidConfig for more than that."""
     if config.max_model_len is None:
         return spec.max_position_embeddings
     if config.max_model_len > spec.max_position_embeddings:

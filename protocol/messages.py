@@ -401,7 +401,25 @@ class Goodbye(Message, frozen=True, tag=49):
     client_id: str
 
 
-FromClient = HelloClient | Submit | Stop | Cancel | Ack | Resume | StatusQuery | CallRanks | BeatClient | Goodbye
+class LayoutQuery(Message, frozen=True, tag=50):
+    """Which rank holds what. Answered by LayoutFacts."""
+
+    call_id: int
+
+
+FromClient = (
+    HelloClient
+    | Submit
+    | Stop
+    | Cancel
+    | Ack
+    | Resume
+    | StatusQuery
+    | CallRanks
+    | BeatClient
+    | Goodbye
+    | LayoutQuery
+)
 
 
 # ------------------------------------------------------------------------------------------- coordinator to client
@@ -547,6 +565,15 @@ class Resumed(Message, frozen=True, tag=81):
     logprobs: tuple[tuple[LogprobEntry, ...], ...] = ()
 
 
+class LayoutFacts(Message, frozen=True, tag=82):
+    """What a report of the layout is made of. ``question``: JSON, the model's shape and the sizes. ``placement``: int32
+    (moe_layers, physical slots), the logical expert of each slot, or (0, 0)."""
+
+    call_id: int
+    question: bytes
+    placement: I32Matrix
+
+
 ToClient = (
     WelcomeClient
     | Accepted
@@ -560,6 +587,7 @@ ToClient = (
     | CallRanksResult
     | Behind
     | Resumed
+    | LayoutFacts
 )
 
 

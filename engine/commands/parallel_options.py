@@ -27,7 +27,7 @@ def _choices(names: tuple[str, ...]) -> str:
     return ", ".join(names[:-1]) + " or " + names[-1]
 
 
-PARALLEL_OPTIONS = [
+SIZE_OPTIONS = [
     click.option(
         "--tensor-parallel-size", "-tp", type=int, metavar="N", help="Ranks that share each layer; default: 1."
     ),
@@ -53,6 +53,10 @@ PARALLEL_OPTIONS = [
         help="Where tp exceeds the KV heads: several KV caches with rows of their own, no copies of one.",
     ),
     click.option("--pipeline-partition", type=LayersPerStage(), metavar="N,N,...", help="Layers of each stage."),
+]
+"""Those that say who holds what of a model."""
+PARALLEL_OPTIONS = [
+    *SIZE_OPTIONS,
     click.option(
         "--all2all-backend",
         metavar="NAME",
@@ -86,6 +90,15 @@ PARALLEL_OPTIONS = [
         "--distributed-timeout", type=float, metavar="SECONDS", help="Deadline of a collective; default: 120."
     ),
 ]
+SIZE_FIELDS = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "enable_expert_parallel",
+    "expert_placement_strategy",
+    "enable_dp_attention",
+    "pipeline_partition",
+)
 PARALLEL_FIELDS = tuple(ParallelConfig.__struct_fields__)
 
 

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 import msgspec
 
+from drumline.engine.config import ParallelConfig
 from drumline.engine.layout_report.memory import counted, in_bytes, with_memory
-from drumline.engine.layout_report.question import SIZE_FLAGS, Question, Sizes
+from drumline.engine.layout_report.question import Question
 from drumline.engine.layout_report.ranks import RankReport, rank_reports
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.shards import layer_split
 
+_SIZE_FLAGS = (("-tp", "tensor_parallel_size"), ("-pp", "pipeline_parallel_size"), ("-dp", "data_parallel_size"))
 _SHOWN = 3
 _GROWTH = (2, 4, 8, 16, 32, 64)
 
@@ -58,9 +60,9 @@ def advise(question: Question, ranks: tuple[RankReport, ...]) -> Advice:
 # ------------------------------------------------------------------------------------------------------- idle GPUs
 
 
-def _to_fill(question: Question) -> Iterator[Sizes]:
+def _to_fill(question: Question) -> Iterator[ParallelConfig]:
     """Sizes that use more of the GPUs: one size multiplied, else whatever product comes closest."""
-    sizes, times = question.sizes, question.num_gpus // question.layout.num_ranks
+    sizes, times = question.parallel, question.num_gpus // question.layout.num_ranks
     if times == 1:
         yield from _products(question)
         return
@@ -70,12 +72,12 @@ def _to_fill(question: Question) -> Iterator[Sizes]:
         yield msgspec.structs.replace(wider, enable_expert_parallel=True)
     yield msgspec.structs.replace(sizes, tensor_parallel_size=sizes.tensor_parallel_size * times)
     deeper = sizes.pipeline_parallel_size * times
-    yield msgspec.structs.replace(sizes, pipeline_parallel_size=deeper, pipeline_partition=())
+    yield msgspec.structs.replace(sizes, pipeline_parallel_size=deeper, pipeline_partition=None)
 
 
-def _products(question: Question) -> list[Sizes]:
+def _products(question: Question) -> list[ParallelConfig]:
     """The valid sizes that use the most GPUs beyond those in use; nearest to what was asked for first."""
-    asked = question.sizes
+    asked = question.parallel
     for gpus in range(question.num_gpus, question.layout.num_ranks, -1):
         found = []
         for tp, pp, dp in _triples(gpus):
@@ -85,7 +87,7 @@ def _products(question: Question) -> list[Sizes]:
                 tensor_parallel_size=tp,
                 pipeline_parallel_size=pp,
                 data_parallel_size=dp,
-                pipeline_partition=asked.pipeline_partition if same else (),
+                pipeline_partition=asked.pipeline_partition if same else None,
             )
             if question.spec.is_moe and not _valid(question, sizes):
                 sizes = msgspec.structs.replace(sizes, enable_expert_parallel=True)
@@ -124,10 +126,21 @@ def _said(question: Question, best: Alternative) -> str:
     return f"{best.change} to use {used} {question.num_gpus} ({best.reason})"
 
 
-def _change(before: Sizes, after: Sizes) -> str:
+def size_flags(sizes: ParallelConfig) -> str:
+    """The sizes that are not 1, as flags of a command line; ``-tp 1`` when all are."""
+    shown = [f"{flag} {getattr(sizes, field)}" for flag, field in _SIZE_FLAGS if getattr(sizes, field) > 1]
+    shown = shown or ["-tp 1"]
+    if sizes.enable_expert_parallel:
+        shown.append("--enable-expert-parallel")
+    if sizes.enable_dp_attention:
+        shown.append("--enable-dp-attention")
+    return " ".join(shown)
+
+
+def _change(before: ParallelConfig, after: ParallelConfig) -> str:
     """What to do to a command line: "add -dp 2" where there was no such flag, "set -tp 8" where there was one."""
     flags, verb = [], "add"
-    for flag, field in SIZE_FLAGS:
+    for flag, field in _SIZE_FLAGS:
         if getattr(after, field) != getattr(before, field):
             flags.append(f"{flag} {getattr(after, field)}")
             verb = "set" if getattr(before, field) > 1 else verb
@@ -141,14 +154,14 @@ def _change(before: Sizes, after: Sizes) -> str:
 
 def _that_fit(question: Question) -> list[Alternative]:
     """The smallest worlds, two to 64 times as large, in which one sequence of the longest context has room."""
-    sizes = question.sizes
+    sizes = question.parallel
     for times in _GROWTH:
         grown = []
         if question.spec.is_moe:
             grown.append(msgspec.structs.replace(sizes, data_parallel_size=sizes.data_parallel_size * times))
         grown.append(msgspec.structs.replace(sizes, tensor_parallel_size=sizes.tensor_parallel_size * times))
         deeper = sizes.pipeline_parallel_size * times
-        grown.append(msgspec.structs.replace(sizes, pipeline_parallel_size=deeper, pipeline_partition=()))
+        grown.append(msgspec.structs.replace(sizes, pipeline_parallel_size=deeper, pipeline_partition=None))
         found = [one for one in (_consider(question, each) for each in grown) if one.fits]
         if found:
             return found
@@ -174,7 +187,7 @@ def _fitting(question: Question, ranks: tuple[RankReport, ...], larger: list[Alt
 # ----------------------------------------------------------------------------------------------------------- judging
 
 
-def _valid(question: Question, sizes: Sizes) -> bool:
+def _valid(question: Question, sizes: ParallelConfig) -> bool:
     try:
         question.resized(sizes)
     except InvalidConfig:
@@ -182,14 +195,14 @@ def _valid(question: Question, sizes: Sizes) -> bool:
     return True
 
 
-def _consider(question: Question, sizes: Sizes) -> Alternative:
+def _consider(question: Question, sizes: ParallelConfig) -> Alternative:
     """What ``sizes`` would be like. The ranks with tp_rank 0 of the first replica hold the most of everything."""
     product = sizes.tensor_parallel_size * sizes.pipeline_parallel_size * sizes.data_parallel_size
     try:
         other = question.resized(sizes)
     except InvalidConfig as error:
-        reason, change = error.text, _change(question.sizes, sizes)
-        return Alternative(flags=sizes.flags(), change=change, num_gpus=product, valid=False, reason=reason)
+        reason, change = error.text, _change(question.parallel, sizes)
+        return Alternative(flags=size_flags(sizes), change=change, num_gpus=product, valid=False, reason=reason)
     layout = other.layout
     heaviest = [layout.global_rank(0, stage) for stage in range(layout.pipeline_parallel_size)]
     placement = other.first_placement()
@@ -197,8 +210,8 @@ def _consider(question: Question, sizes: Sizes) -> Alternative:
     ranks = with_memory(other, ranks)
     rooms = [one.kv_tokens for one in ranks if one.kv_tokens is not None]
     return Alternative(
-        flags=sizes.flags(),
-        change=_change(question.sizes, sizes),
+        flags=size_flags(sizes),
+        change=_change(question.parallel, sizes),
         num_gpus=layout.num_ranks,
         valid=True,
         reason=_effect(question, other),
@@ -209,7 +222,7 @@ def _consider(question: Question, sizes: Sizes) -> Alternative:
 
 
 def _effect(question: Question, other: Question) -> str:
-    before, after, spec, layout = question.sizes, other.sizes, other.spec, other.layout
+    before, after, spec, layout = question.parallel, other.parallel, other.spec, other.layout
     parts = []
     if after.data_parallel_size != before.data_parallel_size:
         replicas = counted(after.data_parallel_size, "engine replica")

@@ -7,8 +7,9 @@ import msgspec
 from drumline.engine.layout_report import explain_experts, explain_memory
 from drumline.engine.layout_report.explain_experts import Topic
 from drumline.engine.layout_report.memory import counted, inclusive, listed
-from drumline.engine.layout_report.question import Question, Sizes
+from drumline.engine.layout_report.question import Question
 from drumline.engine.layout_report.report import LayoutReport
+from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.shards import attention_replicas
 
 __all__ = ["Topic", "explain"]
@@ -16,7 +17,12 @@ __all__ = ["Topic", "explain"]
 
 def explain(question: Question, report: LayoutReport) -> tuple[Topic, ...]:
     """One short paragraph per topic that this model and layout have."""
-    topics = [_world(report), _idle(report), _attention(question, report), _kv_heads(question, report)]
+    topics: list[Topic | None] = [
+        _world(report),
+        _idle(report),
+        _attention(question, report),
+        _kv_heads(question, report),
+    ]
     topics += [_attention_dp(question, report), _layers(report), explain_experts.dense(report)]
     topics += [explain_experts.routed(report), explain_experts.shared(report), explain_experts.lockstep(report)]
     topics += [explain_memory.weights(report), explain_memory.kv_cache(question, report)]
@@ -120,39 +126,32 @@ def _kv_heads(question: Question, report: LayoutReport) -> Topic:
 
 def _attention_dp(question: Question, report: LayoutReport) -> Topic | None:
     c, model = report.config, report.model
-    tp, heads = c.tensor_parallel_size, model.num_kv_heads
+    tp, heads = c.tensor_parallel_size, counted(model.num_kv_heads, "KV head")
+    parts = attention_replicas(tp, model.num_kv_heads)
     if c.attention_data_parallel_size > 1:
-        return Topic(
-            "Attention data parallel",
-            f"tp {tp} exceeds the {counted(heads, 'KV head')}, so the {tp} ranks of a stage form max(tp // KV heads, 1) "
-            f"= {c.attention_data_parallel_size} attention replicas of {c.attention_tensor_parallel_size}. Each has its "
-            "own rows and KV cache, so no KV is held twice; the price is that attention weights are. MLP and experts "
-            f"stay sharded over all {tp} ranks: rows are gathered before them and scattered after.",
+        text = (
+            f"tp {tp} exceeds the {heads}, so the {tp} ranks of a stage form max(tp // KV heads, 1) = {parts} "
+            f"attention replicas of {c.attention_tensor_parallel_size}. Each has rows and a KV cache of its own, so no "
+            "KV is held twice; the price is that attention weights are. The networks after it stay sharded over all "
+            f"{tp} ranks: rows are gathered before them and scattered after."
         )
-    if c.enable_dp_attention:
-        return Topic(
-            "Attention data parallel",
-            f"It is asked for and changes nothing: max(tp {tp} // {counted(heads, 'KV head')}, 1) = 1 attention replica.",
+    elif c.enable_dp_attention:
+        text = f"It is asked for and changes nothing: max(tp {tp} // {heads}, 1) = 1 attention replica."
+    elif parts > 1 and _with_attention_dp(question) is not None:
+        text = (
+            f"Off. With --enable-dp-attention the {tp} ranks of a stage would form {parts} attention replicas of "
+            f"{tp // parts}, each with a KV cache of its own: an engine replica would hold {parts} times as many "
+            f"tokens in the same KV memory, and each rank {parts} times the heads of attention weights."
         )
-    parts = attention_replicas(tp, heads)
-    if parts == 1:
+    else:
         return None
-    other = _with_attention_dp(question)
-    if other is None:
-        return None
-    return Topic(
-        "Attention data parallel",
-        f"Off. With --enable-dp-attention the {tp} ranks of a stage would form {parts} attention replicas of "
-        f"{tp // parts}, each with a KV cache of its own: a replica would hold {parts} times as many tokens in the same "
-        f"KV memory, and each rank {parts} times the heads of attention weights.",
-    )
+    return Topic("Attention data parallel", text)
 
 
 def _with_attention_dp(question: Question) -> Question | None:
-    sizes: Sizes = msgspec.structs.replace(question.sizes, enable_dp_attention=True)
     try:
-        return question.resized(sizes)
-    except ValueError:
+        return question.resized(msgspec.structs.replace(question.parallel, enable_dp_attention=True))
+    except InvalidConfig:
         return None
 
 

@@ -61,8 +61,8 @@ def _whole(report: LayoutReport) -> Topic:
         )
     text += f"Each rank holds {_counts(report)} of the {model.num_experts} experts of each MoE layer of its stage"
     text += f" ({c.expert_placement_strategy}: rank {holder.rank} has {listed(next(iter(holder.experts.values())))})"
-    if c.tensor_parallel_size > 1:
-        text += f". tp {c.tensor_parallel_size} still shards the attention of these layers, and no expert"
+    if c.attention_tensor_parallel_size > 1:
+        text += f". The attention of these layers is still sharded over {c.attention_tensor_parallel_size} ranks"
     return Topic("Experts", f"{text}. {_redundant(report)}{_moe_layers(report)}")
 
 

@@ -41,8 +41,8 @@ def kv_cache(question: Question, report: LayoutReport) -> Topic:
         return Topic("KV cache", text + "With --gpu-memory it is said how many tokens fit.")
     tight = min(report.ranks, key=lambda one: (one.kv_tokens or 0, -one.total_weight_bytes))
     text += (
-        f"Of {in_bytes(c.gpu_memory_bytes or 0)} x {c.gpu_memory_utilization:g} = {in_bytes(usable)}, rank {tight.rank} "
-        f"needs {in_bytes(tight.total_weight_bytes)} for weights"
+        f"Of {in_bytes(c.gpu_memory_bytes or 0)} x {c.gpu_memory_utilization:g} = {in_bytes(usable)}, "
+        f"rank {tight.rank} needs {in_bytes(tight.total_weight_bytes)} for weights"
     )
     free = tight.kv_bytes_free or 0
     if free <= 0:

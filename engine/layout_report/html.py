@@ -51,7 +51,7 @@ def _ranks(report: LayoutReport) -> str:
         row = [one.rank, one.dp_rank, one.pp_rank, one.tp_rank, one.ep_rank, one.replica, inclusive(one.layers)]
         row += [inclusive(one.q_heads), _kv(report, one), inclusive(one.mlp)]
         row += [experts_cell(report, one)] * moe + [in_bytes(one.total_weight_bytes), f"{one.kv_bytes_per_token:,}"]
-        row += [f"{one.kv_tokens:,}"] * known
+        row += [f"{one.kv_tokens or 0:,}"] * known
         rows.append(row)
     return _table(head, rows, numbers=("weights", "KV B/token", "KV tokens"))
 

@@ -9,64 +9,20 @@ from typing import Any
 
 import msgspec
 
+from drumline.engine.config import EngineConfig, ParallelConfig
 from drumline.engine.known_models import known_models, known_spec
+from drumline.engine.parallel_layout import parallel_layout
+from drumline.engine.resolve import DEMO, compute_dtype, longest_context, model_folder
 from drumline.protocol.configfields import read_json_object
 from drumline.protocol.errors import InvalidConfig
-from drumline.protocol.layout import PLACEMENT_STRATEGIES, Layout
+from drumline.protocol.layout import Layout
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.placement import I32, initial_placement
-from drumline.protocol.shards import attention_replicas, check_model
 
-DEMO = "demo"
-COMPUTE_DTYPES = ("float32", "bfloat16")
-MAX_RANKS = 4096
-SIZE_FLAGS = (("-tp", "tensor_parallel_size"), ("-pp", "pipeline_parallel_size"), ("-dp", "data_parallel_size"))
+MAX_GPUS = 4096
+"""More are refused: a report of them would be read by nobody."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-
-
-class Sizes(msgspec.Struct, frozen=True, kw_only=True):
-    """The sizes of a world as a user gives them; names and defaults are those of ``ParallelConfig``."""
-
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    data_parallel_size: int = 1
-    enable_expert_parallel: bool = False
-    expert_placement_strategy: str = "linear"
-    enable_dp_attention: bool = False
-    pipeline_partition: tuple[int, ...] = ()
-
-    def layout(self, spec: ModelSpec) -> Layout:
-        """The layout of ``spec`` that they make. Raises InvalidConfig, naming the field and what would do."""
-        for _, field in SIZE_FLAGS:
-            if not 1 <= getattr(self, field) <= MAX_RANKS:
-                raise InvalidConfig(field, getattr(self, field), f"1 to {MAX_RANKS}")
-        if self.expert_placement_strategy not in PLACEMENT_STRATEGIES:
-            valid = "one of " + ", ".join(PLACEMENT_STRATEGIES)
-            raise InvalidConfig("expert_placement_strategy", self.expert_placement_strategy, valid)
-        attn_dp = attention_replicas(self.tensor_parallel_size, spec.num_kv_heads) if self.enable_dp_attention else 1
-        layout = Layout(
-            data_parallel_size=self.data_parallel_size,
-            pipeline_parallel_size=self.pipeline_parallel_size,
-            tensor_parallel_size=self.tensor_parallel_size,
-            enable_expert_parallel=self.enable_expert_parallel,
-            attention_data_parallel_size=attn_dp,
-            pipeline_partition=self.pipeline_partition,
-        )
-        if layout.num_ranks > MAX_RANKS:
-            raise InvalidConfig("data_parallel_size", self.data_parallel_size, f"a world of at most {MAX_RANKS} ranks")
-        check_model(layout, spec)
-        return layout
-
-    def flags(self) -> str:
-        """The sizes that are not 1, as flags of a command line; ``-tp 1`` when all are."""
-        shown = [f"{flag} {getattr(self, field)}" for flag, field in SIZE_FLAGS if getattr(self, field) > 1]
-        shown = shown or ["-tp 1"]
-        if self.enable_expert_parallel:
-            shown.append("--enable-expert-parallel")
-        if self.enable_dp_attention:
-            shown.append("--enable-dp-attention")
-        return " ".join(shown)
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +34,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     spec: ModelSpec
-    sizes: Sizes
+    parallel: ParallelConfig
     layout: Layout
     dtype: str
     kv_cache_dtype: str
@@ -98,78 +54,57 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
         """The placement that the model starts with, int32 (moe_layers, experts); None for a dense one."""
         if not self.spec.is_moe:
             return None
-        strategy = self.sizes.expert_placement_strategy
+        strategy = self.parallel.expert_placement_strategy
         return initial_placement(len(self.spec.moe_layers), self.spec.num_experts, self.layout.ep_size, strategy)
 
-    def resized(self, sizes: Sizes) -> Question:
+    def resized(self, parallel: ParallelConfig) -> Question:
         """The same about other sizes. Raises InvalidConfig when the model cannot have them."""
-        return msgspec.structs.replace(self, sizes=sizes, layout=sizes.layout(self.spec))
+        return msgspec.structs.replace(self, parallel=parallel, layout=parallel_layout(parallel, self.spec))
 
 
 def ask(
-    model: str,
-    sizes: Sizes,
+    config: EngineConfig,
     *,
     spec: ModelSpec | None = None,
-    dtype: str = "auto",
-    kv_cache_dtype: str = "auto",
-    max_model_len: int | None = None,
-    block_size: int = 16,
     num_gpus: int | None = None,
     gpu_memory: int | None = None,
-    gpu_memory_utilization: float = 0.9,
 ) -> Question:
-    """A question whose parts go together. ``model``: see :func:`read_model`; with ``spec`` only what it is called.
+    """A question whose parts go together. Of ``config`` count the model, the sizes, the dtypes, the longest context,
+    block size and memory utilization.
 
-    ``num_gpus``: None means as many as ranks. Raises InvalidConfig, naming the field, what was found, what is valid.
+    ``spec``: the model's shape; None reads it (:func:`read_model`). ``num_gpus``: None means as many as ranks.
+    ``gpu_memory``: bytes of one. Raises InvalidConfig, naming the field, what was found, what is valid.
     """
     notes: tuple[str, ...] = ()
     if spec is None:
-        spec, notes = read_model(model)
-    layout = sizes.layout(spec)
+        spec, notes = read_model(config.model)
+    parallel = config.parallel
+    if parallel.world_size_across_dp > MAX_GPUS:
+        valid = f"at most {MAX_GPUS // parallel.world_size} with tp * pp = {parallel.world_size}"
+        raise InvalidConfig("data_parallel_size", parallel.data_parallel_size, valid)
+    layout = parallel_layout(parallel, spec)
     num_gpus = layout.num_ranks if num_gpus is None else num_gpus
-    if num_gpus < layout.num_ranks:
-        counts = f"dp {layout.data_parallel_size} x pp {layout.pipeline_parallel_size} x tp "
-        valid = f"at least {layout.num_ranks}, the ranks of {counts}{layout.tensor_parallel_size}"
+    if not layout.num_ranks <= num_gpus <= MAX_GPUS:
+        sizes = f"dp {layout.data_parallel_size} x pp {layout.pipeline_parallel_size} x tp "
+        valid = f"{layout.num_ranks}, the ranks of {sizes}{layout.tensor_parallel_size}, to {MAX_GPUS}"
         raise InvalidConfig("num_gpus", num_gpus, valid)
-    if num_gpus > MAX_RANKS:
-        raise InvalidConfig("num_gpus", num_gpus, f"at most {MAX_RANKS}")
-    if not 0.0 < gpu_memory_utilization <= 1.0:
-        raise InvalidConfig("gpu_memory_utilization", gpu_memory_utilization, "a number above 0, at most 1")
-    if not 1 <= block_size <= 4096:
-        raise InvalidConfig("block_size", block_size, "1 to 4096")
-    longest = spec.max_position_embeddings
-    if max_model_len is not None and not 1 <= max_model_len <= longest:
-        raise InvalidConfig("max_model_len", max_model_len, f"1 to {longest}, the positions the model was made for")
-    compute = compute_dtype("dtype", dtype, spec)
-    if dtype == "auto" and compute != spec.dtype:
-        notes = (*notes, f"the checkpoint is {spec.dtype}; bytes are those of {compute}, in which it is computed")
+    dtype, kv_cache_dtype = compute_dtype(config, spec), config.cache.kv_cache_dtype
+    if config.dtype == "auto" and dtype != spec.dtype:
+        notes = (*notes, f"the checkpoint is {spec.dtype}; bytes are those of {dtype}, in which it is computed")
     return Question(
-        model=model,
+        model=config.model,
         spec=spec,
-        sizes=sizes,
+        parallel=parallel,
         layout=layout,
-        dtype=compute,
-        kv_cache_dtype=compute if kv_cache_dtype == "auto" else compute_dtype("kv_cache_dtype", kv_cache_dtype, spec),
-        max_model_len=max_model_len or longest,
-        block_size=block_size,
+        dtype=dtype,
+        kv_cache_dtype=dtype if kv_cache_dtype == "auto" else kv_cache_dtype,
+        max_model_len=longest_context(config, spec),
+        block_size=config.cache.block_size,
         num_gpus=num_gpus,
         gpu_memory=gpu_memory,
-        gpu_memory_utilization=gpu_memory_utilization,
+        gpu_memory_utilization=config.cache.gpu_memory_utilization,
         notes=notes,
     )
-
-
-def compute_dtype(field: str, dtype: str, spec: ModelSpec) -> str:
-    """The dtype that ``dtype`` comes to: "auto" is the checkpoint's, or float32 where that is not computed in.
-
-    Raises InvalidConfig naming ``field``.
-    """
-    if dtype == "auto":
-        return spec.dtype if spec.dtype in COMPUTE_DTYPES else "float32"
-    if dtype not in COMPUTE_DTYPES:
-        raise InvalidConfig(field, dtype, "one of auto, " + ", ".join(COMPUTE_DTYPES))
-    return dtype
 
 
 def read_model(model: str) -> tuple[ModelSpec, tuple[str, ...]]:
@@ -181,7 +116,7 @@ def read_model(model: str) -> tuple[ModelSpec, tuple[str, ...]]:
     if path.is_dir():
         path = path / "config.json"
     elif model == DEMO:
-        path = Path(__file__).parents[1] / DEMO / "config.json"
+        path = model_folder(DEMO) / "config.json"
     elif not path.exists():
         if "/" in model or path.suffix == ".json":
             raise InvalidConfig("model", model, "a folder with a config.json, a config.json, or a known name")

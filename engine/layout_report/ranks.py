@@ -19,9 +19,10 @@ class RankReport(msgspec.Struct, frozen=True):
     """One rank. Ranges are half open, and (0, 0) where its stage has nothing of the kind.
 
     ``layers``: of its pipeline stage; ``moe_layers`` of them have experts. ``embedding``: it embeds the tokens;
-    ``head``: it computes logits; ``vocab``: its rows of both. ``q_heads``, ``kv_heads``: of its attention replica; with latent attention the one
-    KV head is the latent. ``kv_replicated``: other ranks of the replica hold the same KV heads. ``mlp``,
-    ``shared_mlp``, ``expert_mlp``: channels of the dense network, the shared experts and every routed expert it holds.
+    ``head``: it computes logits; ``vocab``: its rows of both. ``q_heads``, ``kv_heads``: of its attention replica; with
+    latent attention the one KV head is the latent. ``kv_replicated``: other ranks of the replica hold the same KV
+    heads. ``mlp``, ``shared_mlp``, ``expert_mlp``: channels of the dense network, the shared experts and every routed
+    expert that it holds.
     ``experts``: by MoE layer, the logical experts it holds (whole or, with expert parallel off, a slice of each),
     ascending; ``redundant_experts``: those of which an earlier slot holds a copy. ``groups``: the ranks, itself
     included, that it computes with: tp, pp, dp, ep (those that hold the experts of its stage between them, with expert

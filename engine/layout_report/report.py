@@ -164,7 +164,7 @@ def _replicas(layout: Layout, ranks: tuple[RankReport, ...], max_model_len: int)
 
 
 def _config(question: Question) -> LayoutConfig:
-    layout, sizes = question.layout, question.sizes
+    layout, parallel = question.layout, question.parallel
     stages = layer_split(question.spec.num_layers, layout.pipeline_parallel_size, layout.pipeline_partition)
     return LayoutConfig(
         model=question.model,
@@ -176,8 +176,8 @@ def _config(question: Question) -> LayoutConfig:
         pipeline_parallel_size=layout.pipeline_parallel_size,
         data_parallel_size=layout.data_parallel_size,
         enable_expert_parallel=layout.enable_expert_parallel,
-        expert_placement_strategy=sizes.expert_placement_strategy,
-        enable_dp_attention=sizes.enable_dp_attention,
+        expert_placement_strategy=parallel.expert_placement_strategy,
+        enable_dp_attention=parallel.enable_dp_attention,
         pipeline_partition=tuple(end - start for start, end in stages),
         expert_parallel_size=layout.ep_size,
         attention_data_parallel_size=layout.attention_data_parallel_size,

@@ -7,7 +7,18 @@ import math
 from drumline.engine.layout_report import svg_card
 from drumline.engine.layout_report.memory import inclusive, listed
 from drumline.engine.layout_report.report import LayoutReport
-from drumline.engine.layout_report.svg_canvas import FRAME, GROUND, INK, MUTED, Canvas, fitted, text_width, wrapped
+from drumline.engine.layout_report.svg_canvas import (
+    FRAME,
+    GROUND,
+    INK,
+    MUTED,
+    TIMES,
+    Canvas,
+    fitted,
+    ranges,
+    text_width,
+    wrapped,
+)
 from drumline.engine.layout_report.svg_legend import draw_legend
 from drumline.engine.layout_report.table import memory_line, title
 
@@ -17,7 +28,8 @@ _PER_LINE = 8
 _STAGES_PER_COLUMN = 8
 _WIDEST = 2400
 _ASPECT = 1.5
-_IDLE_WIDTH, _IDLE_HEIGHT = 112, 46
+_IDLE_WIDTH, _IDLE_HEIGHT, _IDLE_SHOWN = 112, 46, 64
+"""Idle GPUs beyond so many are in the heading alone."""
 
 
 def svg_picture(report: LayoutReport) -> str:
@@ -37,7 +49,7 @@ def _heading(canvas: Canvas, report: LayoutReport, width: float) -> float:
     room = width - 2 * _MARGIN
     name, _, rest = title(report).partition(": ")
     canvas.text(_MARGIN, 46, fitted(name, 24, room, bold=True), 24, bold=True)
-    canvas.text(_MARGIN, 68, fitted(rest.replace(" x ", " × "), 14, room), 14, fill=MUTED)
+    canvas.text(_MARGIN, 68, fitted(rest.replace(" x ", f" {TIMES} "), 14, room), 14, fill=MUTED)
     y = 68.0
     for line in wrapped(memory_line(report) if all(one.fits for one in report.ranks) else "", 12, room):
         y += 18
@@ -96,7 +108,7 @@ class _Blocks:
         ranks = [one.rank for one in self.report.ranks if one.dp_rank == dp_rank]
         name = f"engine replica {dp_rank}"
         canvas.text(x + 16, y + 24, name, 13, bold=True)
-        numbers = f"ranks {listed(tuple(ranks))}".replace("-", "–") if len(ranks) > 1 else f"rank {ranks[0]}"
+        numbers = f"ranks {ranges(listed(tuple(ranks)))}" if len(ranks) > 1 else f"rank {ranks[0]}"
         canvas.text(x + 24 + text_width(name, 13, bold=True), y + 24, numbers, 12, fill=MUTED)
         for stage in range(self.pp):
             column, row = divmod(stage, self.rows)
@@ -109,16 +121,16 @@ class _Blocks:
         height = self.stage_height - _GAP - 6
         canvas.path(f"M{x + _GUTTER - 8:.1f} {y + 2:.1f}h-6v{height - 4:.1f}h6", stroke=color, width=2)
         word = "layers" if first.layers[1] - first.layers[0] > 1 else "layer"
-        lines = [f"{word} {inclusive(first.layers)}".replace("-", "–")]
+        lines = [f"{word} {ranges(inclusive(first.layers))}"]
         lines += ["embedding"] if first.embedding else []
         lines += ["output head"] if first.head else []
         canvas.text(x + 16, y + 20, f"stage {stage}" if self.pp > 1 else "all layers", 13, fill=color, bold=True)
         for number, line in enumerate(lines):
             canvas.text(x + 16, y + 38 + 15 * number, line, 11, fill=MUTED)
         for place, one in enumerate(members):
-            line, column = divmod(place, self.per_line)
+            row, column = divmod(place, self.per_line)
             left = x + _GUTTER + column * (svg_card.WIDTH + _GAP)
-            top = y + line * self.pitch
+            top = y + row * self.pitch
             if self.split:
                 self._attention_replica(canvas, one.attn_tp_rank, one.replica, column, left, top)
                 top += 16
@@ -145,11 +157,11 @@ def _idle(canvas: Canvas, report: LayoutReport, y: float, width: float) -> float
     room = width - 2 * _MARGIN - 32
     lines = wrapped(report.suggestion or "", 12, room)
     per_line = max(int((room + _GAP) // (_IDLE_WIDTH + _GAP)), 1)
-    shown = report.idle_gpu_ids[: 4 * per_line]
+    shown = report.idle_gpu_ids[:_IDLE_SHOWN]
     rows = math.ceil(len(shown) / per_line)
     height = 48 + rows * (_IDLE_HEIGHT + _GAP) + len(lines) * 17
     canvas.rect(_MARGIN, y, width - 2 * _MARGIN, height, "#fbfbfc", stroke="#c3cad3", radius=12, dashed=True)
-    name = f"idle: GPU {listed(report.idle_gpu_ids)}".replace("-", "–")
+    name = f"idle: GPU {ranges(listed(report.idle_gpu_ids))}"
     canvas.text(_MARGIN + 16, y + 24, name, 13, fill=MUTED, bold=True)
     for place, gpu in enumerate(shown):
         row, column = divmod(place, per_line)

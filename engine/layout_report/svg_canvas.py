@@ -8,7 +8,13 @@ from xml.sax.saxutils import escape, quoteattr
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 INK, MUTED, FAINT, PAPER = "#1d2733", "#5b6875", "#e7ebf0", "#ffffff"
 GROUND, FRAME, ALARM = "#f6f8fa", "#d3dae2", "#c92a2a"
+TIMES = "\N{MULTIPLICATION SIGN}"
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def ranges(text: str) -> str:
+    """Ranges with the dash that books use for them."""
+    return text.replace("-", "\N{EN DASH}")
 
 
 def shown(text: str) -> str:

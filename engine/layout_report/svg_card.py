@@ -5,7 +5,18 @@ from __future__ import annotations
 from drumline.engine.layout_report.memory import in_bytes, inclusive
 from drumline.engine.layout_report.ranks import RankReport
 from drumline.engine.layout_report.report import LayoutReport
-from drumline.engine.layout_report.svg_canvas import ALARM, FAINT, FRAME, INK, MUTED, PAPER, Canvas, fitted
+from drumline.engine.layout_report.svg_canvas import (
+    ALARM,
+    FAINT,
+    FRAME,
+    INK,
+    MUTED,
+    PAPER,
+    TIMES,
+    Canvas,
+    fitted,
+    ranges,
+)
 from drumline.engine.layout_report.table import experts_cell
 
 WIDTH = 232
@@ -105,7 +116,7 @@ def _contents(report: LayoutReport, one: RankReport, name: str) -> tuple[int, li
         return model.num_heads, [one.q_heads], KIND_COLORS["attention"], f"{_dash(one.q_heads)} of {model.num_heads}"
     if name == "KV":
         copies = report.config.attention_tensor_parallel_size // model.num_kv_heads
-        times = f" ×{copies}" if one.kv_replicated else ""
+        times = f" {TIMES}{copies}" if one.kv_replicated else ""
         value = "latent" if model.latent_attention else f"{_dash(one.kv_heads)} of {model.num_kv_heads}"
         return model.num_kv_heads, [one.kv_heads], "#6b9a3f", value + times
     if name == "MLP":
@@ -118,11 +129,11 @@ def _contents(report: LayoutReport, one: RankReport, name: str) -> tuple[int, li
         value = f"1/{model.moe_intermediate_size // width} of each" if width < model.moe_intermediate_size else "all"
         return model.moe_intermediate_size, [one.expert_mlp], KIND_COLORS["experts"], value
     ids = next(iter(one.experts.values()))
-    return model.num_experts, _runs(ids), KIND_COLORS["experts"], experts_cell(report, one).replace("-", "–")
+    return model.num_experts, _runs(ids), KIND_COLORS["experts"], ranges(experts_cell(report, one))
 
 
 def _dash(span: tuple[int, int]) -> str:
-    return inclusive(span).replace("-", "–")
+    return ranges(inclusive(span))
 
 
 def _runs(ids: tuple[int, ...]) -> list[tuple[int, int]]:

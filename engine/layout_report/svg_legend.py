@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from drumline.engine.layout_report.memory import in_bytes, listed
 from drumline.engine.layout_report.report import LayoutReport
-from drumline.engine.layout_report.svg_canvas import ALARM, MUTED, Canvas, fitted, text_width
+from drumline.engine.layout_report.svg_canvas import ALARM, MUTED, Canvas, fitted, ranges, text_width
 from drumline.engine.layout_report.svg_card import KIND_COLORS, KV_COLOR, RESERVED_COLOR, memory_scale
 
 _MEANINGS = {
@@ -28,7 +28,7 @@ def draw_legend(canvas: Canvas, report: LayoutReport, x: float, y: float, width:
         canvas.text(x, y, f"{kind.replace('attn', 'attention').replace('_', ' ')}", 11.5, bold=True)
         canvas.text(x + 96, y, _MEANINGS[kind], 11.5, fill=MUTED)
         groups = report.groups[kind]
-        lists = "  ".join(f"[{listed(group)}]".replace("-", "–") for group in groups[:_SHOWN])
+        lists = "  ".join(f"[{ranges(listed(group))}]" for group in groups[:_SHOWN])
         lists += f"  and {len(groups) - _SHOWN} more" if len(groups) > _SHOWN else ""
         canvas.text(left, y, fitted(lists, 11.5, x + width - left), 11.5)
     return y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -33,10 +35,10 @@ def folded(ranks: tuple[RankReport, ...]) -> list[Row]:
     return rows if len(rows) <= MANY else _fold(ranks, _amount, exact=False)
 
 
-def _fold(ranks: tuple[RankReport, ...], key: object, exact: bool) -> list[Row]:
+def _fold(ranks: tuple[RankReport, ...], key: Callable[[RankReport], object], exact: bool) -> list[Row]:
     rows: dict[object, Row] = {}
     for one in ranks:
-        held = key(one)  # type: ignore[operator]
+        held = key(one)
         if held in rows:
             rows[held].ranks.append(one.rank)
         else:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from drumline.engine import client
@@ -20,7 +21,7 @@ from drumline.engine.errors import (
     StartFailed,
 )
 from drumline.engine.sampling_params import SamplingParams
-from drumline.protocol.errors import ErrorInfo
+from drumline.protocol.errors import ErrorInfo, ProtocolError
 from drumline.protocol.messages import (
     CallRanks,
     CallRanksResult,
@@ -28,6 +29,8 @@ from drumline.protocol.messages import (
     Failed,
     Goodbye,
     HelloClient,
+    LayoutFacts,
+    LayoutQuery,
     RankAnswer,
     Rejected,
     StatusQuery,
@@ -258,3 +261,12 @@ async def test_time_in_which_the_app_blocked_its_loop_does_not_count_against_the
         time.sleep(1.0)  # noqa: ASYNC251
         fake.finish(submit, handle, 0)
         assert (await within(reader))[-1].finished
+
+
+async def test_a_layout_that_does_not_decode_is_a_typed_error(served: Served) -> None:
+    engine, fake = served
+    asking = asyncio.create_task(engine.layout())
+    query = await fake.expect(LayoutQuery)
+    fake.send(LayoutFacts(query.call_id, b"{}", np.zeros((0, 0), dtype=np.int32)))
+    with pytest.raises(ProtocolError, match="layout does not decode"):
+        await within(asking)

@@ -206,6 +206,8 @@ SAMPLES: tuple[m.Message, ...] = (
         ends=(END,),
         logprobs=((LOGPROB,), ()),
     ),
+    m.LayoutQuery(call_id=6),
+    m.LayoutFacts(call_id=6, question=b"{}", placement=np.array([[0, 1], [1, 0]], dtype=np.int32)),
     m.HelloSupervisor(version=1, token="secret", pid=4241),
     m.Exited(rank=1, pid=4242, code=-9, signal=9, stderr_tail="Killed"),
     m.Spawned(rank=1, pid=4242),

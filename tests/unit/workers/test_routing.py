@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DeepseekV3Config
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from drumline.protocol.modelspec import MoeSpec
 from drumline.workers.layers import Gate, GroupedGate, SoftmaxGate
@@ -97,12 +97,12 @@ def test_the_v3_gate_is_the_one_of_transformers() -> None:
         moe_intermediate_size=4,
         n_shared_experts=1,
     )
-    theirs = DeepseekV3MoE(config)
+    theirs = DeepseekV3TopkRouter(config)
     weight, bias, x = torch.randn(EXPERTS, HIDDEN), torch.rand(EXPERTS) * 0.4, torch.randn(64, HIDDEN)
     with torch.no_grad():
-        theirs.gate.weight.copy_(weight)
-        theirs.gate.e_score_correction_bias.copy_(bias)
-        experts, weights = theirs.route_tokens_to_experts(theirs.gate(x[None]).view(64, EXPERTS))
+        theirs.weight.copy_(weight)
+        theirs.e_score_correction_bias.copy_(bias)
+        _, weights, experts = theirs(x)
     found_weights, found = GroupedGate(weight, bias, moe)(x)
     order, found_order = experts.argsort(1), found.argsort(1)
     assert torch.equal(experts.gather(1, order), found.gather(1, found_order))

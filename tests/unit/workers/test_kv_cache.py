@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from drumline.protocol.errors import InvalidConfig
+from drumline.protocol.layout import Layout
 from drumline.protocol.modelspec import ModelSpec
+from drumline.protocol.shards import rank_shards
 from drumline.workers import kv_cache
 from drumline.workers.kv_cache import KVCache, block_bytes, choose_num_blocks, free_memory
 from tests.checkpoints import Checkpoints
@@ -26,11 +28,11 @@ def spec(checkpoints: Checkpoints) -> ModelSpec:
 
 def blocks(spec: ModelSpec, checkpoints: Checkpoints, **changes: Any) -> int:
     config = worker_config(checkpoints("qwen3-moe"), **({"num_blocks": 0} | changes))
-    return choose_num_blocks(config, spec, torch.float32, CPU)
+    return choose_num_blocks(config, spec, rank_shards(Layout(), spec, 0), torch.float32, CPU)
 
 
 def test_a_block_counts_keys_values_and_token_ids(spec: ModelSpec) -> None:
-    assert block_bytes(spec, 8, torch.float32) == 8 * TOKEN_BYTES
+    assert block_bytes(spec, rank_shards(Layout(), spec, 0), 8, torch.float32) == 8 * TOKEN_BYTES
 
 
 def test_by_default_every_row_can_reach_the_longest_length(spec: ModelSpec, checkpoints: Checkpoints) -> None:
@@ -93,7 +95,7 @@ def test_more_than_the_free_memory_is_refused(spec: ModelSpec, checkpoints: Chec
 
 
 def test_scrubbing_leaves_no_nan_behind_and_good_numbers_alone(spec: ModelSpec) -> None:
-    cache = KVCache(spec, 4, 8, torch.float32, CPU)
+    cache = KVCache(spec, rank_shards(Layout(), spec, 0), 4, 8, torch.float32, CPU)
     cache.keys[1][:, 2].fill_(1.5)
     cache.keys[1][0, 2, 3, 0] = float("nan")
     cache.values[2][1, 2, 0, 5] = float("inf")

@@ -62,64 +62,11 @@ def test_decodes_and_prefills_in_one_call_are_causal_attention_over_their_own_bl
             PrefillSequence(4, 9, 5, torch.tensor([0, 3]), None),
         ),
     )
-    found = PagedAttention(heads, kv_heads, dim)(q, new_k, new_v, keys, values, inputs)
+    found = PagedAttention(heads, kv_heads, dim, dim, dim**-0.5)(q, new_k, new_v, keys, values, inputs)
     expected = [plain_attention(q[0], *tables["a"][1:], 6)]
     expected += [plain_attention(q[1 + i], *tables["b"][1:], 3 + i) for i in range(3)]
     expected += [plain_attention(q[4 + i], *tables["c"][1:], i) for i in range(5)]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-6)
-
-
-def test_rotation_turns_channel_pairs_by_position() -> None:
-    rotary = RotaryEmbedding(4, 100.0, RopeScaling(), 50, CPU)
-    x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
-    found = rotary.rotate(x, rotary.at(torch.tensor([7])))[0, 0]
-    for pair, frequency in ((0, 1.0), (1, 0.1)):
-        cos, sin = math.cos(7 * frequency), math.sin(7 * frequency)
-        a, b = float(x[0, 0, pair]), float(x[0, 0, pair + 2])
-        assert float(found[pair]) == pytest.approx(a * cos - b * sin, abs=1e-6)
-        assert float(found[pair + 2]) == pytest.approx(b * cos + a * sin, abs=1e-6)
-
-
-def test_llama3_scaling_slows_long_waves_keeps_short_ones_and_passes_between() -> None:
-    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 1000)
-    plain = inverse_frequencies(64, 10000.0, RopeScaling())
-    scaled = inverse_frequencies(64, 10000.0, scaling)
-    wavelengths = 2 * math.pi / plain
-    ratio = scaled / plain
-    assert bool((ratio[wavelengths < 250] == 1).all())
-    assert torch.allclose(ratio[wavelengths > 1000], torch.tensor(1 / 8))
-    between = ratio[(wavelengths > 250) & (wavelengths < 1000)]
-    assert len(between) > 0
-    assert bool(((between > 1 / 8) & (between < 1)).all())
-    assert bool((between.diff() < 0).all())
-
-
-def test_an_unknown_scaling_is_refused() -> None:
-    with pytest.raises(InvalidConfig, match="yarn"):
-        inverse_frequencies(8, 10000.0, RopeScaling("yarn"))
-
-
-def test_moe_is_the_weighted_sum_of_the_chosen_experts() -> None:
-    torch.manual_seed(1)
-    hidden, width, experts, top_k, tokens = 8, 6, 5, 2, 11
-    slots_of = torch.tensor([3, 0, 4, 1, 2])
-    gate_up, down = torch.randn(experts, 2 * width, hidden), torch.randn(experts, hidden, width)
-    router, x = torch.randn(experts, hidden), torch.randn(tokens, hidden)
-    routing = RoutingView(slots_of, torch.zeros(experts, dtype=torch.int64), 0, experts)
-    layer = MoeLayer(router, gate_up, down, routing, top_k=top_k, normalise=True)
-    found = layer(x, [tokens])
-    counted = torch.zeros(experts, dtype=torch.int64)
-    for token in range(tokens):
-        probabilities = (router @ x[token]).softmax(-1)
-        weights, chosen = probabilities.topk(top_k)
-        total = torch.zeros(hidden)
-        for weight, expert in zip(weights / weights.sum(), chosen.tolist(), strict=True):
-            slot = int(slots_of[expert])
-            counted[slot] += 1
-            gate, up = (gate_up[slot] @ x[token]).chunk(2)
-            total += weight * (down[slot] @ (torch.nn.functional.silu(gate) * up))
-        torch.testing.assert_close(found[token], total, rtol=1e-4, atol=1e-5)
-    assert torch.equal(layer.load, counted)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64])

@@ -13,7 +13,7 @@ from drumline.protocol.messages import Admit, SamplingSpec, Step
 from drumline.protocol.modelspec import ModelSpec
 from drumline.workers.model_runner import ModelRunner, NumericFault
 from tests.checkpoints import Checkpoints
-from tests.parity.stepdriver import GREEDY, StepDriver, Stream, loaded_runner, worker_config
+from tests.parity.stepdriver import GREEDY, StepDriver, Stream, layout_of, loaded_runner, worker_config
 
 
 def int32(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -43,44 +43,44 @@ def runner(checkpoints: Checkpoints) -> ModelRunner:
 
 def test_a_header_that_disagrees_with_the_rows_is_refused(runner: ModelRunner) -> None:
     with pytest.raises(ProtocolError, match="says 4 tokens for replica 0, its rows make 3"):
-        runner.execute(first_step({0: [1, 2, 3]}, int32(4)), 0)
+        runner.execute(first_step({0: [1, 2, 3]}, int32(4)))
 
 
 def test_a_header_of_another_number_of_replicas_is_refused(runner: ModelRunner) -> None:
     with pytest.raises(ProtocolError, match="for 1 replicas"):
-        runner.execute(first_step({0: [1, 2, 3]}, int32(3, 0)), 0)
+        runner.execute(first_step({0: [1, 2, 3]}, int32(3, 0)))
 
 
 def test_a_step_beyond_the_token_budget_is_refused(runner: ModelRunner) -> None:
     prompts = {row: list(range(64)) for row in range(3)}
     with pytest.raises(ProtocolError, match="has 192 tokens; valid: 0 to 128"):
-        runner.execute(first_step(prompts, int32(192)), 0)
+        runner.execute(first_step(prompts, int32(192)))
 
 
 def test_logits_that_are_not_finite_name_their_rows_and_poison_nobody_else(runner: ModelRunner) -> None:
-    reference = runner.execute(first_step({5: [9, 8, 7]}, int32(3)), 0).tokens.tolist()
+    reference = runner.execute(first_step({5: [9, 8, 7]}, int32(3))).tokens.tolist()
     runner.reset()
     clean = runner.model.embedding.weight[77].clone()
     runner.model.embedding.weight[77] = float("nan")
     with pytest.raises(NumericFault, match="rows 2") as caught:
-        runner.execute(first_step({1: [1, 2, 3], 2: [4, 77, 5], 5: [6]}, int32(7)), 0)
+        runner.execute(first_step({1: [1, 2, 3], 2: [4, 77, 5], 5: [6]}, int32(7)))
     assert caught.value.rows == (2,)
     assert caught.value.info.kind == "numeric"
     runner.model.embedding.weight[77] = clean
     assert all(bool(part.isfinite().all()) for part in runner.cache.keys + runner.cache.values)
     runner.reset()
-    assert runner.execute(first_step({5: [9, 8, 7]}, int32(3)), 0).tokens.tolist() == reference
+    assert runner.execute(first_step({5: [9, 8, 7]}, int32(3))).tokens.tolist() == reference
 
 
 def test_an_infinite_logit_alone_is_noticed(runner: ModelRunner) -> None:
-    runner.model.head.weight[3] = float("inf")
+    runner.model.head.linear.weight[3] = float("inf")
     with pytest.raises(NumericFault, match="logits are NaN or infinite in rows 0, 4"):
-        runner.execute(first_step({0: [1, 2], 4: [3]}, int32(3)), 0)
+        runner.execute(first_step({0: [1, 2], 4: [3]}, int32(3)))
 
 
 def test_a_placement_of_another_number_of_layers_is_refused(checkpoints: Checkpoints) -> None:
     config = worker_config(checkpoints("qwen3-moe"))
-    runner = ModelRunner(config, ModelSpec.from_folder(config.model), torch.device("cpu"), 0, 1)
+    runner = ModelRunner(config, ModelSpec.from_folder(config.model), torch.device("cpu"), layout_of(config), 0)
     with pytest.raises(InvalidConfig, match="3, one per MoE layer"):
         runner.load(np.zeros((0, 0), dtype=np.int32))
 
@@ -88,9 +88,9 @@ def test_a_placement_of_another_number_of_layers_is_refused(checkpoints: Checkpo
 def test_rows_that_do_not_reach_their_last_token_give_no_token(runner: ModelRunner) -> None:
     step = first_step({0: [1, 2, 3, 4]}, int32(2))
     partial = Step(1, 1, 1, 1, int32(2), int32(), step.admitted, int32(), int32(), int32(0), int32(2))
-    assert runner.execute(partial, 0).tokens.tolist() == []
+    assert runner.execute(partial).tokens.tolist() == []
     rest = Step(1, 1, 1, 2, int32(2), int32(), (), int32(), int32(), int32(0), int32(2))
-    assert len(runner.execute(rest, 0).tokens) == 1
+    assert len(runner.execute(rest).tokens) == 1
 
 
 def test_logprobs_carry_the_place_of_their_row(runner: ModelRunner) -> None:
@@ -102,7 +102,7 @@ def test_logprobs_carry_the_place_of_their_row(runner: ModelRunner) -> None:
         for a in step.admitted
     )
     step = Step(1, 1, 1, 1, step.num_tokens_across_dp, int32(), asking, int32(), int32(), *_prefill(step))
-    output = runner.execute(step, 0)
+    output = runner.execute(step)
     assert output.logprob_index.tolist() == [1]
     (entry,) = output.logprobs
     assert entry.token == int(output.tokens[1]) == int(entry.top_tokens[0])
@@ -127,11 +127,11 @@ def test_penalties_do_not_notice_evictions_chunks_or_shared_blocks(
     config = worker_config(checkpoints("qwen3-moe"))
     prompt = [int(token) for token in np.random.default_rng(3).integers(0, 256, 50)]
     quiet = Stream(list(prompt), 40, sampling)
-    driver = StepDriver([loaded_runner(config)])
+    driver = StepDriver([[loaded_runner(config)]])
     driver.run([[quiet]])
     driver.close()
     disturbed = [Stream(list(prompt), 40, sampling)] + [Stream(prompt[: 10 * i], 30) for i in range(1, 5)]
-    driver = StepDriver([loaded_runner(config)], seed=1, evict_chance=0.2, share_prefixes=True)
+    driver = StepDriver([[loaded_runner(config)]], seed=1, evict_chance=0.2, share_prefixes=True)
     driver.run([disturbed])
     driver.close()
     assert driver.counts["evictions"] > 0
@@ -142,7 +142,7 @@ def test_penalties_do_not_notice_evictions_chunks_or_shared_blocks(
 def test_greedy_penalties_equal_those_applied_by_hand(checkpoints: Checkpoints) -> None:
     sampling = SamplingSpec(temperature=0.0, repetition_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.2)
     stream = Stream(list(range(30, 50)), 30, sampling)
-    driver = StepDriver([loaded_runner(worker_config(checkpoints("llama")))])
+    driver = StepDriver([[loaded_runner(worker_config(checkpoints("llama")))]])
     driver.run([[stream]])
     driver.close()
     for position, token in enumerate(stream.generated):

@@ -41,6 +41,7 @@ from drumline.workers.faults import describe
 from drumline.workers.fence import Fence
 from drumline.workers.groups import GroupCoordinator, GroupPlace, GroupTimeout, PeerLost, form_group
 from drumline.workers.held_bytes import held_bytes
+from drumline.workers.loading_turn import loading_turn
 from drumline.workers.model_runner import ModelRunner
 from drumline.workers.remote_methods import RemoteMethods, failure, remote
 
@@ -161,11 +162,15 @@ class Worker:
         spec = ModelSpec.from_folder(config.model)
         runner = ModelRunner(config, spec, choose_device(config, self._me.rank), layout_of(config), self._me.rank)
 
-        def progress(done: int, total: int) -> None:
-            self._progress.loaded(done, total)
+        def still_wanted() -> None:
             self._control.abort.check(self._fence.term, self._fence.epoch)
 
-        runner.load(placement, progress)
+        def progress(done: int, total: int) -> None:
+            self._progress.loaded(done, total)
+            still_wanted()
+
+        with loading_turn(config, still_wanted):
+            runner.load(placement, progress)
         weight_bytes = held_bytes(runner.model)
         num_blocks, block_bytes = runner.init_kv_cache()
         self._sizes = (num_blocks, block_bytes, weight_bytes)

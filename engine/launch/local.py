@@ -163,7 +163,7 @@ async def start_local(config: EngineConfig, on_event: Callable[[Event], None] | 
 
 def import_path() -> tuple[str, ...]:
     """The folders and archives of this process's ``sys.path``, absolute: another process may stand elsewhere."""
-    entries = [str(Path(entry).absolute()) for entry in sys.path if isinstance(entry, str)]
+    entries = [str(Path(os.fsdecode(entry)).absolute()) for entry in sys.path]
     return tuple(dict.fromkeys(entry for entry in entries if _is_text(entry)))
 
 

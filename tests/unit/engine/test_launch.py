@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from drumline.engine.config import EngineConfig
 from drumline.engine.launch.forkserver_pipe import MAX_FRAME_BYTES, ReportReader
-from drumline.engine.launch.local import make_runtime_dir
+from drumline.engine.launch.local import import_path, make_runtime_dir
 from drumline.engine.launch.order import Order, Report, encode_line, read_order, read_report, remove_runtime_dir
 from drumline.protocol.endpoints import MAX_IPC_PATH_BYTES, check_endpoint
 from drumline.protocol.errors import ErrorInfo, InvalidConfig, ProtocolError
@@ -161,3 +162,9 @@ def test_a_folder_whose_name_is_not_utf8_is_passed_over(monkeypatch: pytest.Monk
         path = make_runtime_dir()
         remove_runtime_dir(path)
         assert not path.startswith(str(odd))
+
+
+def test_the_import_path_of_an_app_means_the_same_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", "beside", "/usr/lib/x", "/usr/lib/x", "/not/\udcff/text"])
+    assert import_path() == (str(tmp_path), str(tmp_path / "beside"), "/usr/lib/x")

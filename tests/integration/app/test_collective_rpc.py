@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)
 EXTENSION = "tests.integration.app.rank_extension.Probe"
 
 
-def configured(replicas: int = 2, **parallel: str) -> EngineConfig:
+def configured(replicas: int = 2, **parallel: Any) -> EngineConfig:
     return EngineConfig(
         model="demo",
         max_model_len=512,

@@ -45,8 +45,8 @@ class KVCache:
         shape = (shards.num_layers, parts, heads, num_blocks, block_size, width)
         # Zeros, because a masked position still takes part in products, and 0 * NaN of stale memory would be NaN.
         whole = _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
-        self.keys = [layer[0] for layer in whole]
-        self.values = [layer[1] if parts == 2 else None for layer in whole]
+        self.keys: list[Tensor] = [layer[0] for layer in whole]
+        self.values: list[Tensor | None] = [layer[1] if parts == 2 else None for layer in whole]
         self.tokens = torch.zeros(num_blocks * block_size, dtype=torch.int32, device=device)
         self._scratch = torch.empty(parts, 0, block_size, width, dtype=dtype, device=device)
 

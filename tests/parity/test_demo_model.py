@@ -19,7 +19,7 @@ DEMO = Path(__file__).parents[2] / "engine" / "demo"
 def test_demo_model_writes_what_transformers_writes(prompt: str) -> None:
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     stream = Stream(tokenizer.encode(prompt).ids, 64)
-    driver = StepDriver([loaded_runner(worker_config(DEMO))])
+    driver = StepDriver([[loaded_runner(worker_config(DEMO))]])
     driver.run([[stream]])
     driver.close()
     oracle = Oracle(DEMO)

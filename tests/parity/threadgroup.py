@@ -117,7 +117,7 @@ class ThreadMember:
         seen = self._swap(source, torch.tensor(source_splits))
         place, parts = self.rank_in_group, []
         for rows, splits in seen:
-            parts.append(rows.split(splits.tolist())[place])
+            parts.append(rows.split_with_sizes(splits.tolist())[place])
         assert [len(part) for part in parts] == output_splits
         output.copy_(torch.cat(parts))
 

@@ -21,6 +21,7 @@ from drumline.protocol.placement import I32, initial_placement
 
 MAX_GPUS = 4096
 """More are refused: a report of them would be read by nobody."""
+_MODELS = f'a folder with a config.json, a config.json, "{DEMO}", or a known name'
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
@@ -112,14 +113,8 @@ def read_model(model: str) -> tuple[ModelSpec, tuple[str, ...]]:
 
     Raises InvalidConfig.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        path = path / "config.json"
-    elif model == DEMO:
-        path = model_folder(DEMO) / "config.json"
-    elif not path.exists():
-        if "/" in model or path.suffix == ".json":
-            raise InvalidConfig("model", model, "a folder with a config.json, a config.json, or a known name")
+    path = _config_path(model)
+    if path is None:
         return _known(model), ()
     values: dict[str, Any] = read_json_object(path)
     spec = ModelSpec.from_config(values, path, allow_quantized=True)
@@ -128,11 +123,28 @@ def read_model(model: str) -> tuple[ModelSpec, tuple[str, ...]]:
     return spec, ("the checkpoint is quantized; bytes are those of its weights before that",)
 
 
+def _config_path(model: str) -> Path | None:
+    """Where the config.json lies; None for what looks like a name."""
+    if model == DEMO:
+        return model_folder(DEMO) / "config.json"
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path / "config.json"
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:
+        # A name that is too long, a folder that may not be entered, the home of nobody.
+        raise InvalidConfig("model", f"{model}: {error}", _MODELS) from error
+    if "/" in model or model.endswith(".json"):
+        raise InvalidConfig("model", model, _MODELS)
+    return None
+
+
 def _known(name: str) -> ModelSpec:
     known = known_models()
     if name.lower() not in known:
-        valid = f"a folder with a config.json, a config.json, {DEMO}, or one of {', '.join(known)}"
-        raise InvalidConfig("model", name, valid)
+        raise InvalidConfig("model", name, f"{_MODELS}: {', '.join(known)}")
     return known_spec(name)
 
 

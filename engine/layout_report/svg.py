@@ -26,7 +26,7 @@ _MARGIN, _GAP, _GUTTER = 28, 12, 112
 _PER_LINE = 8
 """Cards of a stage side by side; a wider stage continues on the next line."""
 _STAGES_PER_COLUMN = 8
-_WIDEST = 2400
+_NARROWEST, _WIDEST = 660, 2400
 _ASPECT = 1.5
 _IDLE_WIDTH, _IDLE_HEIGHT, _IDLE_SHOWN = 112, 46, 64
 """Idle GPUs beyond so many are in the heading alone."""
@@ -35,12 +35,12 @@ _IDLE_WIDTH, _IDLE_HEIGHT, _IDLE_SHOWN = 112, 46, 64
 def svg_picture(report: LayoutReport) -> str:
     """The report as an SVG document, light, with every rank in it and every text escaped."""
     blocks = _Blocks(report)
-    width = max(blocks.width, 660) + 2 * _MARGIN
+    width = max(blocks.width, _NARROWEST) + 2 * _MARGIN
     canvas = Canvas()
     y = _heading(canvas, report, width)
     y = blocks.draw(canvas, _MARGIN, y) + 8
     if report.idle_gpus:
-        y = _idle(canvas, report, y, width)
+        y = _idle(canvas, report, y, max(blocks.width, 0.9 * _NARROWEST))
     y = draw_legend(canvas, report, _MARGIN, y + 8, width - 2 * _MARGIN)
     return canvas.document(width, y + _MARGIN, title(report))
 
@@ -154,13 +154,13 @@ class _Blocks:
 
 def _idle(canvas: Canvas, report: LayoutReport, y: float, width: float) -> float:
     """Grey cards for GPUs without a rank, and what would use them; returns where they end."""
-    room = width - 2 * _MARGIN - 32
+    room = width - 32
     lines = wrapped(report.suggestion or "", 12, room)
     per_line = max(int((room + _GAP) // (_IDLE_WIDTH + _GAP)), 1)
     shown = report.idle_gpu_ids[:_IDLE_SHOWN]
     rows = math.ceil(len(shown) / per_line)
     height = 48 + rows * (_IDLE_HEIGHT + _GAP) + len(lines) * 17
-    canvas.rect(_MARGIN, y, width - 2 * _MARGIN, height, "#fbfbfc", stroke="#c3cad3", radius=12, dashed=True)
+    canvas.rect(_MARGIN, y, width, height, "#fbfbfc", stroke="#c3cad3", radius=12, dashed=True)
     name = f"idle: GPU {ranges(listed(report.idle_gpu_ids))}"
     canvas.text(_MARGIN + 16, y + 24, name, 13, fill=MUTED, bold=True)
     for place, gpu in enumerate(shown):

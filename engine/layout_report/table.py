@@ -91,7 +91,7 @@ def memory_line(report: LayoutReport) -> str:
     share = report.config.gpu_memory_utilization
     tokens = [one.kv_tokens or 0 for one in report.replicas]
     return (
-        f"Of {in_bytes(memory)} per GPU {share:.0%} is used; what weights leave holds KV for "
+        f"Of {in_bytes(memory)} per GPU {share:.0%} may be used; what weights leave holds KV for "
         f"{counted(sum(tokens), 'token')} over {counted(len(tokens), 'replica')}, "
         f"{counted(sum(one.max_sequences or 0 for one in report.replicas), 'sequence')} of "
         f"{report.config.max_model_len:,}. Activations and workspace come out of the same room."
@@ -99,33 +99,40 @@ def memory_line(report: LayoutReport) -> str:
 
 
 def _ranks(report: LayoutReport, rows: list[Row]) -> Table:
+    config = report.config
     moe, dense = report.model.num_experts > 0, any(row.first.mlp != (0, 0) for row in rows)
-    known = report.config.gpu_memory_bytes is not None
+    known = config.gpu_memory_bytes is not None
+    split = config.attention_data_parallel_size > 1 and len(rows) == len(report.ranks)
     shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    titles = ["rank", "dp pp tp ep" if moe else "dp pp tp", "layers", "q heads", "KV heads"]
-    titles += ["mlp"] * dense + ["experts/layer"] * moe + ["weights", "KV/token"] + ["KV tokens"] * known
+    titles = ["rank", "dp pp tp ep" if config.enable_expert_parallel else "dp pp tp"]
+    titles += ["replica"] * split + ["layers", "q heads", "KV heads"] + ["mlp"] * dense
+    titles += ["experts per layer"] * moe + ["weights", "KV/token"] + ["KV tokens"] * known
     for name in titles:
         shown.add_column(name, justify="right" if name in ("weights", "KV/token", "KV tokens") else "left")
     for row in rows:
         one = row.first
-        cells = [listed(tuple(row.ranks)), _place(row, moe), inclusive(one.layers)]
-        cells += [_span(row, one.q_heads), _kv_heads(report, row)]
-        if dense:
-            cells.append(_span(row, one.mlp))
-        if moe:
-            cells.append(experts_cell(report, one, row.exact))
+        cells = [_named(row.ranks), _place(row, config.enable_expert_parallel)]
+        cells += [str(one.replica)] * split
+        cells += [inclusive(one.layers), _span(row, one.q_heads), _kv_heads(report, row)]
+        cells += [_span(row, one.mlp)] * dense
+        cells += [experts_cell(report, one, row.exact)] * moe
         cells += [in_bytes(one.total_weight_bytes), f"{one.kv_bytes_per_token:,} B"]
-        if known:
-            cells.append(f"{one.kv_tokens:,}" if (one.kv_bytes_free or 0) > 0 else "too big")
+        cells += [f"{one.kv_tokens or 0:,}" if (one.kv_bytes_free or 0) > 0 else "too big"] * known
         shown.add_row(*cells)
     return shown
 
 
-def _place(row: Row, moe: bool) -> str:
+def _named(ranks: list[int]) -> str:
+    """Which ranks, or how many where the list is long: the bytes below are said of the same ones, listed."""
+    names = listed(tuple(ranks))
+    return names if len(names) <= len("1000-1023, 2000-2023") else f"{len(ranks)} ranks"
+
+
+def _place(row: Row, whole_experts: bool) -> str:
     one = row.first
     if len(row.ranks) > 1:
         return f"stage {one.pp_rank}"
-    places = (one.dp_rank, one.pp_rank, one.tp_rank, *((one.ep_rank,) if moe else ()))
+    places = (one.dp_rank, one.pp_rank, one.tp_rank, *((one.ep_rank,) if whole_experts else ()))
     return " ".join(f"{place:>2}" for place in places)
 
 

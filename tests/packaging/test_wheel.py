@@ -78,6 +78,11 @@ def test_the_shapes_of_well_known_models_are_in_the_wheel(wheel: Path) -> None:
     assert shapes <= held
 
 
+def test_the_schema_of_layouts_is_in_the_wheel(wheel: Path) -> None:
+    schema = zipfile.ZipFile(wheel).read("drumline/engine/layout_report/layout.schema.json")
+    assert schema == (ROOT / "engine" / "layout_report" / "layout.schema.json").read_bytes()
+
+
 def test_the_namespace_has_no_init_of_its_own(wheel: Path) -> None:
     assert "drumline/__init__.py" not in zipfile.ZipFile(wheel).namelist()
 

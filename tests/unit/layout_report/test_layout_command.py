@@ -153,6 +153,8 @@ def test_a_quantized_checkpoint_is_said_to_be_one(tmp_path: Path) -> None:
         ("tensor_parallel_size", ("--model", "deepseek-v3", "-tp", "3")),
         ("model", ("--model", "deepseek-v9")),
         ("model", ("--model", "./nowhere")),
+        ("model", ("--model", "~nobody-lives-here/model")),
+        ("model", ("--model", "a" * 300)),
         ("num_gpus", ("--model", "llama-3-8b", "-tp", "8", "--num-gpus", "4")),
         ("gpu_memory", ("--model", "llama-3-8b", "--gpu-memory", "much")),
         ("gpu_memory_utilization", ("--model", "llama-3-8b", "--gpu-memory-utilization", "1.5")),

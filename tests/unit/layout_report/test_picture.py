@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -19,6 +20,7 @@ from drumline.protocol.modelspec import ModelSpec
 from .worlds import DENSE, LATENT, MOE, WORLD, question, report_on
 
 SVG = "{http://www.w3.org/2000/svg}"
+DOCS_PICTURE = Path(__file__).parents[3] / "docs" / "layout-deepseek-v3.svg"
 SCRIPT = "<script>alert(1)</script>&\"'\x00"
 
 PICTURES: list[tuple[ModelSpec | str, dict[str, Any]]] = [
@@ -73,6 +75,13 @@ def test_text_stays_within_the_picture(model: ModelSpec | str, options: dict[str
         start = {"start": x, "middle": x - long / 2, "end": x - long}[text.get("text-anchor", "start")]
         assert start >= -1, text.text
         assert start + long <= width + 1, text.text
+
+
+def test_the_picture_in_the_docs_is_what_is_drawn() -> None:
+    """``drumline layout`` with these sizes and --svg docs/layout-deepseek-v3.svg draws it anew."""
+    sizes: dict[str, Any] = {"tensor_parallel_size": 2, "pipeline_parallel_size": 4, "enable_expert_parallel": True}
+    made = report_on("deepseek-v3", gpu_memory=192 << 30, max_model_len=32768, **sizes)
+    assert DOCS_PICTURE.read_text() == svg_picture(made)
 
 
 def test_a_weight_bar_is_no_longer_than_the_memory_that_it_shows() -> None:

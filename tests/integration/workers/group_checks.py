@@ -83,9 +83,8 @@ def _check_exchanges(group: GroupCoordinator, dtype: torch.dtype, rows: int) -> 
     received = [splits(position)[me] for position in range(world)]
     output = torch.empty(sum(received), 5, dtype=dtype)
     group.all_to_all(output, sources[me], received, splits(me))
-    expect_same(
-        output, torch.cat([source.split_with_sizes(splits(position))[me] for position, source in enumerate(sources)])
-    )
+    segments = [source.split_with_sizes(splits(position)) for position, source in enumerate(sources)]
+    expect_same(output, torch.cat([each[me] for each in segments]))
     for src in ranks:
         expected = made_by(src, (rows, 3), dtype, 5)
         mine = expected.clone() if src == group.rank else torch.zeros(rows, 3, dtype=dtype)

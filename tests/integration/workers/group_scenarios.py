@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import distributed
 
@@ -199,7 +198,7 @@ def random_operations(rank: Rank) -> str:
     shared_ops.SPLIT_SUM_BYTES = 2048
     shared_ops.HALF_BYTES = 256 * rank.world  # type: ignore[attr-defined]
     group, chance, own_chance = rank.form(), random.Random(11), random.Random(rank.rank)
-    for _ in range(150 if group.mailboxes is not None else 40):
+    for _ in range(150 if group.mailboxes is not None else 25):
         if own_chance.random() < 0.1:
             time.sleep(own_chance.random() * 0.004)
         rows, seed, root = chance.randrange(40), chance.randrange(1000), chance.randrange(rank.world)
@@ -210,7 +209,7 @@ def random_operations(rank: Rank) -> str:
         if operation == 0:
             expect_same(group.all_reduce(everyone[rank.rank]), sum_in_order(everyone))
         elif operation == 1:
-            expect_same(group.all_gather_rows(uneven[rank.rank], np.array(counts, dtype=np.int32)), torch.cat(uneven))
+            expect_same(group.all_gather_rows(uneven[rank.rank], counts), torch.cat(uneven))
         elif operation == 2:
             gathered = group.gather(everyone[rank.rank], root)
             if rank.rank == root:
@@ -250,9 +249,9 @@ def operations_of_a_device(rank: Rank) -> str:
     share = torch.empty(counts[me])
     ops.reduce_scatter(share, tall[me], counts)
     torch.testing.assert_close(share, sum_in_order(tall).split_with_sizes(counts)[me])
-    mine = everyone[2].clone() if me == 2 else torch.zeros(4)
-    ops.broadcast(mine, 2)
-    expect_same(mine, everyone[2])
+    mine = everyone[1].clone() if me == 1 else torch.zeros(4)
+    ops.broadcast(mine, 1)
+    expect_same(mine, everyone[1])
     return "equal"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,11 @@ from drumline.protocol.errors import ProtocolError
 def as_bytes(tensor: Tensor) -> Tensor:
     """A contiguous tensor as flat uint8, without a copy."""
     return tensor.view(-1).view(torch.uint8)
+
+
+def plain(counts: Sequence[int]) -> list[int]:
+    """Counts of any integer type as Python's own, whose products do not wrap around."""
+    return [int(count) for count in counts]
 
 
 def check_dim(tensor: Tensor, dim: int) -> int:

@@ -43,7 +43,7 @@ class GroupMember:
         self.node_count = _count_nodes(self._sees)
         self._boxes = formed.mailboxes if formed else None
         self.mailboxes = self._boxes if self.device.type == "cpu" else None
-        self._nccl: NcclOps | None = None
+        self._nccl = self._choose_nccl(formed)
         self._carrier: Outboxes | Sockets | None = None
         self._transfers: Transfers | None = None
         # Connecting waits for all ranks: not for when two of them have a message.
@@ -51,9 +51,12 @@ class GroupMember:
         self._cpu_ops: HostOps = self._choose_ops(formed) if formed else LocalOps()
         self._device_ops: Ops = self._nccl or self._cpu_ops
 
+    def _choose_nccl(self, formed: Formed | None) -> NcclOps | None:
+        if formed is None or formed.nccl is None:
+            return None
+        return NcclOps(formed.nccl, self._watch, self.position, self.size)
+
     def _choose_ops(self, formed: Formed) -> HostOps:
-        if formed.nccl is not None:
-            self._nccl = NcclOps(formed.nccl, self._watch, self.position, self.size)
         ops: HostOps
         if formed.mailboxes is not None:
             self._carrier = Outboxes(formed.mailboxes, self._watch)

@@ -91,6 +91,7 @@ class GroupCoordinator(GroupMember):
     def all_gather_rows(self, t: Tensor, counts: Sequence[int]) -> Tensor:
         """(sum(counts), ...): ``counts[r]`` rows from position r, where it may be 0, in rank order."""
         self.check_counts(counts, arguments.count_rows(t))
+        counts = arguments.plain(counts)
         width = t.shape[1:].numel()
         gathered = self._gather_flat(t, [count * width for count in counts], None)
         return gathered.view(sum(counts), *t.shape[1:])
@@ -106,7 +107,7 @@ class GroupCoordinator(GroupMember):
         position = self._position_of("dst", dst)
         if t.dim() != 2 or len(widths) != self.size or widths[self.position] != t.shape[1]:
             raise ProtocolError(f"t: found shape {list(t.shape)}; valid: 2 dimensions, widths {list(widths)}")
-        n = t.shape[0]
+        n, widths = t.shape[0], arguments.plain(widths)
         counts = [n * width for width in widths]
         gathered = self._gather_flat(t, counts, position)
         if dst != self.rank:
@@ -129,6 +130,7 @@ class GroupCoordinator(GroupMember):
             raise ProtocolError(
                 f"counts: found {list(counts)}; valid: {self.size} that add up to {arguments.count_rows(t)} rows"
             )
+        counts = arguments.plain(counts)
         width = t.shape[1:].numel()
         out = t.new_empty(counts[self.position] * width)
         with self._watch:
@@ -149,14 +151,14 @@ class GroupCoordinator(GroupMember):
             if len(splits) != self.size or sum(splits) != arguments.count_rows(tensor) or not tensor.is_contiguous():
                 valid = f"contiguous rows, {self.size} splits that add up to them"
                 raise ProtocolError(f"{name}: found shape {list(tensor.shape)}, splits {list(splits)}; valid: {valid}")
+        if output_splits[self.position] != source_splits[self.position]:
+            own = (output_splits[self.position], source_splits[self.position])
+            raise ProtocolError(f"splits: found {own[1]} rows for this rank itself; valid: {own[0]}, as output has")
+        received = [count * width for count in arguments.plain(output_splits)]
+        sent = [count * width for count in arguments.plain(source_splits)]
         with self._watch:
             if width:
-                self._ops(source).all_to_all(
-                    arguments.as_bytes(output),
-                    arguments.as_bytes(source),
-                    [count * width for count in output_splits],
-                    [count * width for count in source_splits],
-                )
+                self._ops(source).all_to_all(arguments.as_bytes(output), arguments.as_bytes(source), received, sent)
 
     def broadcast(self, t: Tensor, src: int) -> Tensor:
         """``t`` itself, which holds what it holds on rank ``src``."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable
 
-SPINS = 200
+SPIN_S = 100e-6
 _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
 _ALL_WAITERS = 0x7FFFFFFF
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -51,9 +52,13 @@ class SharedCounter:
         is time to look again.
         """
         words, index = self._words, self._index
-        for _ in range(SPINS):
+        # By the clock: where others want the core, giving way once may take longer than all of this.
+        end = time.perf_counter() + SPIN_S
+        while True:
             if words[index] >= value:
                 return True
+            if time.perf_counter() >= end:
+                break
             os.sched_yield()
         seen = words[index]
         if seen < value and not hopeless():

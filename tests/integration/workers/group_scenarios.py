@@ -2,122 +2,34 @@
 
 from __future__ import annotations
 
+import gc
+import random
+import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 from drumline.protocol.errors import ProtocolError
 from drumline.workers import gloo_ops, shared_ops, sharing
-from drumline.workers.groups import GroupCoordinator
+from drumline.workers.forming import meet
+from drumline.workers.groups import GroupPlace
+from drumline.workers.nccl_ops import NcclOps
+from drumline.workers.watch import Watch
+from tests.integration.workers.group_checks import check_all, expect_same, made_by, sum_in_order
 
 if TYPE_CHECKING:
     from tests.integration.workers.ranks import Rank
 
-DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 
-
-def made_by(rank: int, shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """The tensor that a rank brings: all can make it, so all know what to expect."""
-    generator = torch.Generator().manual_seed(1000 * seed + rank)
-    if dtype.is_floating_point:
-        return torch.randn(tuple(shape), generator=generator).to(dtype)
-    return torch.randint(-1000, 1000, tuple(shape), generator=generator, dtype=dtype)
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    """Added from left to right; bfloat16 in float32, rounded once."""
-    wide = torch.float32 if parts[0].dtype is torch.bfloat16 else parts[0].dtype
-    total = parts[0].to(wide)
-    for part in parts[1:]:
-        total = total + part.to(wide)
-    return total.to(parts[0].dtype)
-
-
-def _same(found: Tensor | None, expected: Tensor) -> None:
-    assert found is not None
-    assert found.dtype == expected.dtype
-    assert found.shape == expected.shape
-    assert found.is_contiguous()
-    assert torch.equal(found, expected)
-
-
-def _check_gathers(group: GroupCoordinator, dtype: torch.dtype, rows: int) -> None:
-    world, me, ranks = group.world_size, group.rank_in_group, group.ranks
-    everyone = [made_by(rank, (rows, 6), dtype) for rank in ranks]
-    for dim in (0, 1, -1):
-        _same(group.all_gather(everyone[me], dim), torch.cat(everyone, dim))
-    _same(group.all_gather(everyone[me].t(), 0), torch.cat([one.t() for one in everyone]))
-    counts = [(rows * position) % 7 for position in range(world)]
-    uneven = [made_by(rank, (count, 3), dtype) for rank, count in zip(ranks, counts, strict=True)]
-    _same(group.all_gather_rows(uneven[me], counts), torch.cat(uneven))
-    widths = [(5 * position + 3) % 4 for position in range(world)]
-    columns = [made_by(rank, (rows, width), dtype) for rank, width in zip(ranks, widths, strict=True)]
-    for dst in ranks:
-        gathered, joined = group.gather(everyone[me], dst, 1), group.gather_columns(columns[me], widths, dst)
-        if dst == group.rank:
-            _same(gathered, torch.cat(everyone, 1))
-            _same(joined, torch.cat(columns, 1))
-        else:
-            assert gathered is None
-            assert joined is None
-
-
-def _check_sums(group: GroupCoordinator, dtype: torch.dtype, rows: int) -> None:
-    world, me, ranks = group.world_size, group.rank_in_group, group.ranks
-    everyone = [made_by(rank, (rows, 6), dtype, 1) for rank in ranks]
-    kept = everyone[me].clone()
-    _same(group.all_reduce(everyone[me]), _sum(everyone))
-    assert torch.equal(everyone[me], kept)
-    _same(group.all_reduce(everyone[me][0, 0]), _sum([one[0, 0] for one in everyone]))
-    wide = [made_by(rank, (rows, 3 * world), dtype, 2) for rank in ranks]
-    _same(group.reduce_scatter(wide[me], 1), _sum(wide)[:, 3 * me : 3 * me + 3].contiguous())
-    counts = [(rows + 2 * position) % 5 for position in range(world)]
-    tall = [made_by(rank, (sum(counts), 4), dtype, 3) for rank in ranks]
-    start = sum(counts[:me])
-    _same(group.reduce_scatter_rows(tall[me], counts), _sum(tall)[start : start + counts[me]])
-
-
-def _check_exchanges(group: GroupCoordinator, dtype: torch.dtype, rows: int) -> None:
-    world, me, ranks = group.world_size, group.rank_in_group, group.ranks
-
-    def splits(position: int) -> list[int]:
-        return [(rows + position * 3 + other) % 6 for other in range(world)]
-
-    sources = [made_by(rank, (sum(splits(position)), 5), dtype, 4) for position, rank in enumerate(ranks)]
-    received = [splits(position)[me] for position in range(world)]
-    output = torch.empty(sum(received), 5, dtype=dtype)
-    group.all_to_all(output, sources[me], received, splits(me))
-    _same(output, torch.cat([source.split_with_sizes(splits(position))[me] for position, source in enumerate(sources)]))
-    for src in ranks:
-        expected = made_by(src, (rows, 3), dtype, 5)
-        mine = expected.clone() if src == group.rank else torch.zeros(rows, 3, dtype=dtype)
-        assert group.broadcast(mine, src) is mine
-        assert torch.equal(mine, expected)
-        strided = expected.t().contiguous().t() if src == group.rank else torch.zeros(3, rows, dtype=dtype).t()
-        assert torch.equal(group.broadcast(strided, src), expected)
-
-
-def _check_messages(group: GroupCoordinator, dtype: torch.dtype, rows: int) -> None:
-    """Around the ring, with a collective in between."""
-    arriving = group.irecv((rows, 3), dtype, group.prev_rank)
-    leaving = group.isend(made_by(group.rank, (3, rows), dtype, 6).t(), group.next_rank)
-    group.all_reduce(torch.ones(2))
-    _same(arriving.wait(), made_by(group.prev_rank, (3, rows), dtype, 6).t().contiguous())
-    leaving.wait()
-    sent = {"a": made_by(group.rank, (rows, 2), dtype, 7), "n": rows, "none": torch.zeros(0, 4), "who": [group.rank]}
-    if group.is_first_rank:
-        group.send_tensor_dict(sent, group.next_rank)
-    found = group.recv_tensor_dict(group.prev_rank)
-    if not group.is_first_rank:
-        group.send_tensor_dict(sent, group.next_rank)
-    assert list(found) == ["a", "n", "none", "who"]
-    assert torch.equal(found["a"], made_by(group.prev_rank, (rows, 2), dtype, 7))
-    assert found["none"].shape == (0, 4)
-    assert (found["n"], found["who"]) == (rows, [group.prev_rank])
+def every_operation(rank: Rank) -> str:
+    group = rank.form_among("all", tuple(range(rank.world)), connect=True)
+    assert (group.mailboxes is not None) == (rank.way == "memory" and rank.world > 1)
+    check_all(group, (1, 3, 64))
+    group.close()
+    return "equal"
 
 
 def messages_of_all_sizes(rank: Rank) -> str:
@@ -152,46 +64,19 @@ def a_message_of_another_size(rank: Rank) -> str:
     return "taken"
 
 
-def _check_objects(group: GroupCoordinator) -> None:
-    for src in group.ranks:
-        for obj in ({"rank": src, "few": [1, 2]}, "x" * (5000 + src), None):
-            mine = obj if group.rank == src else "not this"
-            assert group.broadcast_object(mine, src) == obj
-    group.barrier(5.0)
-
-
-def _check_all(group: GroupCoordinator, row_counts: Sequence[int], dtypes: Sequence[torch.dtype] = DTYPES) -> None:
-    for dtype in dtypes:
-        for rows in row_counts:
-            _check_gathers(group, dtype, rows)
-            _check_sums(group, dtype, rows)
-            _check_exchanges(group, dtype, rows)
-            if group.world_size > 1:
-                _check_messages(group, dtype, rows)
-    _check_objects(group)
-
-
-def every_operation(rank: Rank) -> str:
-    group = rank.form_among("all", tuple(range(rank.world)), connect=True)
-    assert (group.mailboxes is not None) == (rank.way == "memory" and rank.world > 1)
-    _check_all(group, (1, 3, 64))
-    group.close()
-    return "equal"
-
-
 def many_rounds(rank: Rank) -> str:
     """Tensors that are many times as large as a mailbox (here: as what is used of it), and as the split sum wants."""
     shared_ops.SPLIT_SUM_BYTES = gloo_ops.SPLIT_SUM_BYTES = 512
     shared_ops.HALF_BYTES = 512  # type: ignore[attr-defined]
-    _check_all(rank.form_among("small", tuple(range(rank.world)), connect=True), (2, 200))
+    check_all(rank.form_among("small", tuple(range(rank.world)), connect=True), (2, 200))
     return "equal"
 
 
 def larger_than_a_mailbox(rank: Rank) -> str:
     group = rank.form()
     everyone = [made_by(member, (3 << 20,), torch.float32) for member in group.ranks]
-    _same(group.all_reduce(everyone[rank.rank]), _sum(everyone))
-    _same(group.all_gather(everyone[rank.rank]), torch.cat(everyone))
+    expect_same(group.all_reduce(everyone[rank.rank]), sum_in_order(everyone))
+    expect_same(group.all_gather(everyone[rank.rank]), torch.cat(everyone))
     return "equal"
 
 
@@ -238,7 +123,7 @@ def two_groups_share_members(rank: Rank) -> dict[str, Any]:
 
 
 def eight_processes(rank: Rank) -> str:
-    _check_all(rank.form_among("eight", tuple(range(rank.world)), connect=True), (2,), (torch.bfloat16,))
+    check_all(rank.form_among("eight", tuple(range(rank.world)), connect=True), (2,), (torch.bfloat16,))
     return "equal"
 
 
@@ -253,7 +138,7 @@ def without_a_default_group(rank: Rank) -> str:
         if hasattr(distributed, name):
             setattr(distributed, name, refuse)
     group = rank.form_among("mine", tuple(range(rank.world)), connect=True)
-    _check_all(group, (2,), (torch.float32,))
+    check_all(group, (2,), (torch.float32,))
     group.close()
     assert not distributed.is_initialized()
     return "equal"
@@ -277,7 +162,7 @@ def a_group_of_one_opens_nothing(rank: Rank) -> str:
     rank.port = 1  # where nothing listens
     before = {link.name for link in Path("/proc/self/fd").iterdir()}
     group = rank.form_among("alone", (rank.rank,), connect=True)
-    _check_all(group, (3,))
+    check_all(group, (3,))
     assert group.in_the_same_node_as(rank.rank) == [True]
     assert group.node_count == 1
     assert (group.next_rank, group.prev_rank) == (rank.rank, rank.rank)
@@ -306,6 +191,83 @@ def _mailbox_kb(field: str) -> list[int]:
             elif inside and line.startswith(f"{field}:"):
                 sizes.append(int(line.split()[1]))
     return sizes
+
+
+def random_operations(rank: Rank) -> str:
+    """The same random operations on all ranks, in rounds of 256 bytes, with pauses of each rank's own."""
+    shared_ops.SPLIT_SUM_BYTES = 2048
+    shared_ops.HALF_BYTES = 256 * rank.world  # type: ignore[attr-defined]
+    group, chance, own_chance = rank.form(), random.Random(11), random.Random(rank.rank)
+    for _ in range(150 if group.mailboxes is not None else 25):
+        if own_chance.random() < 0.1:
+            time.sleep(own_chance.random() * 0.004)
+        rows, seed, root = chance.randrange(40), chance.randrange(1000), chance.randrange(rank.world)
+        counts = [chance.randrange(30) for _ in range(rank.world)]
+        everyone = [made_by(member, (rows, 5), torch.float32, seed) for member in group.ranks]
+        uneven = [made_by(member, (count, 2), torch.int64, seed) for member, count in enumerate(counts)]
+        operation = chance.randrange(5)
+        if operation == 0:
+            expect_same(group.all_reduce(everyone[rank.rank]), sum_in_order(everyone))
+        elif operation == 1:
+            expect_same(group.all_gather_rows(uneven[rank.rank], counts), torch.cat(uneven))
+        elif operation == 2:
+            gathered = group.gather(everyone[rank.rank], root)
+            if rank.rank == root:
+                expect_same(gathered, torch.cat(everyone))
+        elif operation == 3:
+            mine = everyone[root].clone() if rank.rank == root else torch.zeros(rows, 5)
+            expect_same(group.broadcast(mine, root), everyone[root])
+        else:
+            arrived = torch.empty(sum(counts[member] for member in group.ranks), 2, dtype=torch.int64)
+            source = torch.cat([uneven[rank.rank]] * rank.world)
+            group.all_to_all(arrived, source, counts, [counts[rank.rank]] * rank.world)
+            expect_same(arrived, torch.cat(uneven))
+    return "equal"
+
+
+def operations_of_a_device(rank: Rank) -> str:
+    """What is asked of NCCL, asked of gloo, which has the same calls."""
+    place = GroupPlace(1, 1, rank.rank, tuple(range(rank.world)), "127.0.0.1", rank.port, torch.device("cpu"))
+    watch = Watch("device", place, rank.abort, rank.progress, 10.0)
+    formed = meet(watch, 10.0, threading.Event(), connect=True, share=False)
+    ops, me = NcclOps(formed.gloo, watch, rank.rank, rank.world), rank.rank
+    everyone = [made_by(member, (4,), torch.float32) for member in place.members]
+    out = torch.empty(4)
+    ops.all_reduce(out, everyone[me])
+    torch.testing.assert_close(out, sum_in_order(everyone))
+    counts = [member + 1 for member in place.members]
+    for sizes in ([4] * rank.world, counts):
+        parts = [one.repeat(2)[:size] for one, size in zip(everyone, sizes, strict=True)]
+        out = torch.empty(sum(sizes))
+        ops.all_gather(out, parts[me], sizes)
+        expect_same(out, torch.cat(parts))
+        ops.gather(out.zero_() if me == 1 else None, parts[me], sizes, 1)
+        if me == 1:
+            expect_same(out, torch.cat(parts))
+    # Of uneven parts alone: gloo does not tell when its own sum of even ones is there.
+    tall = [made_by(member, (sum(counts),), torch.float32, 1) for member in place.members]
+    share = torch.empty(counts[me])
+    ops.reduce_scatter(share, tall[me], counts)
+    torch.testing.assert_close(share, sum_in_order(tall).split_with_sizes(counts)[me])
+    mine = everyone[1].clone() if me == 1 else torch.zeros(4)
+    ops.broadcast(mine, 1)
+    expect_same(mine, everyone[1])
+    return "equal"
+
+
+def a_closed_group_leaves_no_memory(rank: Rank) -> list[int]:
+    """The mappings while a group is there, and when it has been closed and dropped; nothing is collected meanwhile."""
+    gc.disable()
+    group = rank.form_among("mapped", tuple(range(rank.world)), connect=True)
+    group.all_reduce(torch.ones(3))
+    arriving = group.irecv((3,), torch.float32, group.prev_rank)
+    group.isend(torch.ones(3), group.next_rank)
+    assert arriving.wait().tolist() == [1.0] * 3
+    group.barrier(5.0)
+    before = len(_mailbox_kb("Rss"))
+    group.close()
+    del group, arriving
+    return [before, len(_mailbox_kb("Rss"))]
 
 
 def refused_arguments(rank: Rank) -> list[str]:

@@ -1,8 +1,9 @@
 """Runs a scenario on real rank processes.
 
 ``python -m tests.integration.workers.ranks`` imports torch once and reads requests from stdin, one JSON object a line:
-``{"scenario": NAME, "world": N, "way": "sockets" or "memory"}``. For each it forks N ranks that meet on a store of
-their own, and answers with one line: ``{"results": [what rank 0 returned, ...], "errors": [...]}``.
+``{"scenario": NAME, "world": N, "way": WAY}``. For each it forks N ranks that meet on a store of their own, and answers
+with one line: ``{"results": [what rank 0 returned, ...], "errors": [...]}``. The way is "sockets", "memory" or
+"all_to_all", an exchange of its own over memory.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from drumline.workers.abort import AbortFlag
+from drumline.workers.experts.all_to_all import AllToAllExchange
 from drumline.workers.experts.exchange import GlooExchange
 from drumline.workers.experts.shared import SharedExchange
 from drumline.workers.groups import GroupCoordinator, GroupPlace, form_group
@@ -48,6 +50,8 @@ class Rank:
 
     def exchange(self) -> ExpertExchange:
         self.group = self.form()
+        if self.way == "all_to_all":
+            return AllToAllExchange(self.group, self.group.device)
         if self.way == "sockets":
             return GlooExchange(self.group)
         if self.group.mailboxes is None:
@@ -61,9 +65,9 @@ class Rank:
     def form_among(
         self, name: str, members: tuple[int, ...], epoch: int = 1, deadline_s: float = 10.0, **changes: Any
     ) -> GroupCoordinator:
-        """A group of some ranks, over sockets alone unless the way is "memory"."""
+        """A group of some ranks, over sockets alone where the way is "sockets"."""
         place = GroupPlace(1, epoch, self.rank, members, "127.0.0.1", self.port, torch.device("cpu"))
-        changes = {"share": self.way == "memory"} | changes
+        changes = {"share": self.way != "sockets"} | changes
         return form_group(name, place, self.abort, self.progress, deadline_s, **changes)
 
 

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from drumline.protocol.errors import DrumlineError, ProtocolError
 from drumline.workers.abort import EpochAborted
-from drumline.workers.layers.moe import ExpertExchange
+from drumline.workers.layers.experts import LocalExperts
+from drumline.workers.layers.moe import ExpertExchange, MoeLayer, RoutingView
+from drumline.workers.layers.parallel import ModelGroups
+from drumline.workers.step_tokens import ReplicaPlace, StepTokens
 
 if TYPE_CHECKING:
     from tests.integration.workers.ranks import Rank
@@ -41,14 +44,15 @@ def _expert(hidden: Tensor, slots: Tensor) -> Tensor:
 def _layer(exchange: ExpertExchange, rank: Rank, counts: list[int], dtype: torch.dtype) -> None:
     hidden, slots = _tokens(rank.rank, counts[rank.rank])
     hidden = hidden.to(dtype)
-    all_hidden, all_slots = exchange.dispatch(hidden, slots, counts)
+    owners = _owner(slots.reshape(-1), rank.world)
+    all_hidden, all_slots = exchange.dispatch(hidden, slots, owners, counts)
     everyone = [_tokens(r, n) for r, n in enumerate(counts)]
     assert torch.equal(all_hidden, torch.cat([h for h, _ in everyone]).to(dtype))
     assert torch.equal(all_slots, torch.cat([s for _, s in everyone]))
     pairs = all_slots.reshape(-1)
     pair_index = (_owner(pairs, rank.world) == rank.rank).nonzero().view(-1)
     outputs = _expert(all_hidden[pair_index // TOP_K].float(), pairs[pair_index])
-    home = exchange.combine(outputs, pair_index, _owner(slots.reshape(-1), rank.world))
+    home = exchange.combine(outputs, pair_index, owners)
     assert torch.equal(home, _expert(hidden.float().repeat_interleave(TOP_K, 0), slots.reshape(-1)))
 
 
@@ -77,25 +81,28 @@ def exchange_many_shapes(rank: Rank) -> str:
 
 def moe_layer_equals_local(rank: Rank) -> float:
     """Largest relative difference between a layer split over the ranks and the same layer on one."""
-    from drumline.workers.layers.moe import MoeLayer, RoutingView
-
     world, counts = rank.world, [4, 0, 7, 1][: rank.world]
     owner = torch.arange(SLOTS) * world // SLOTS
 
+    def gate(x: Tensor) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(8)
+        scores = (x @ torch.randn(HIDDEN, SLOTS, generator=generator)).softmax(-1)
+        return scores.topk(TOP_K)
+
     def layer(first: int, end: int) -> MoeLayer:
         generator = torch.Generator().manual_seed(7)
-        router, gate_up, down = (
-            torch.randn(shape, generator=generator)
-            for shape in ((SLOTS, HIDDEN), (SLOTS, 2 * INTERMEDIATE, HIDDEN), (SLOTS, HIDDEN, INTERMEDIATE))
-        )
+        gate_up = torch.randn(SLOTS, 2 * INTERMEDIATE, HIDDEN, generator=generator)
+        down = torch.randn(SLOTS, HIDDEN, INTERMEDIATE, generator=generator)
         routing = RoutingView(torch.arange(SLOTS), owner, first, end)
-        return MoeLayer(router, gate_up[first:end], down[first:end], routing, top_k=TOP_K, normalise=True)
+        experts = LocalExperts(gate_up[first:end], down[first:end])
+        return MoeLayer(gate, experts, routing, ModelGroups(), None, sharded=False)
 
     mine = (owner == rank.rank).nonzero().view(-1).tolist()
     split, whole = layer(mine[0], mine[-1] + 1), layer(0, SLOTS)
     split.exchange = rank.exchange()
     hidden, _ = _tokens(rank.rank, counts[rank.rank])
-    found, expected = split(hidden, counts), whole(hidden, [len(hidden)])
+    found = split(hidden, StepTokens.of(counts, ReplicaPlace(rank.rank)))
+    expected = whole(hidden, StepTokens.of([len(hidden)], ReplicaPlace()))
     return float((found - expected).norm() / expected.norm()) if len(hidden) else 0.0
 
 
@@ -105,7 +112,7 @@ def wrong_counts(rank: Rank) -> list[str]:
     refused = []
     for counts in ([2] * (rank.world + 1), [3] * rank.world):
         try:
-            exchange.dispatch(hidden, slots, counts)
+            exchange.dispatch(hidden, slots, _owner(slots.reshape(-1), rank.world), counts)
         except ProtocolError as error:
             refused.append(error.text)
     _layer(exchange, rank, [2] * rank.world, torch.float32)  # nothing was sent: the group is as good as before
@@ -193,15 +200,15 @@ def latency(rank: Rank) -> dict[str, float]:
         hidden = torch.randn(tokens, 256)
         slots = torch.randint(0, SLOTS, (tokens, TOP_K))
         counts = [tokens] * rank.world
+        owners = _owner(slots.reshape(-1), rank.world)
         times = []
         for _ in range(200):
             start = time.perf_counter()
-            all_hidden, all_slots = exchange.dispatch(hidden, slots, counts)
+            all_hidden, all_slots = exchange.dispatch(hidden, slots, owners, counts)
             middle = time.perf_counter()
             pairs = all_slots.reshape(-1)
             pair_index = (_owner(pairs, rank.world) == rank.rank).nonzero().view(-1)
             outputs = all_hidden[pair_index // TOP_K]
-            owners = _owner(slots.reshape(-1), rank.world)
             after = time.perf_counter()
             exchange.combine(outputs, pair_index, owners)
             times.append((middle - start) + (time.perf_counter() - after))

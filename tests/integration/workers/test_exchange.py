@@ -15,7 +15,7 @@ def test_tokens_reach_every_rank_and_outputs_come_home_in_order(run_ranks: RunRa
     assert run_ranks("exchange_many_shapes", world, way) == ["equal"] * world
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "all_to_all"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_layer_over_several_ranks_equals_the_layer_on_one(run_ranks: RunRanks, world: int, way: str) -> None:
     assert max(run_ranks("moe_layer_equals_local", world, way)) < 1e-6

@@ -41,6 +41,19 @@ def test_a_message_of_another_size_than_expected_is_refused(run_ranks: RunRanks)
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_random_operations_in_many_rounds_equal_the_plain_result(run_ranks: RunRanks, way: str) -> None:
+    assert run_ranks("random_operations", 3, way) == ["equal"] * 3
+
+
+def test_operations_of_a_device_equal_the_plain_result(run_ranks: RunRanks) -> None:
+    assert run_ranks("operations_of_a_device", 2) == ["equal"] * 2
+
+
+def test_a_group_that_is_closed_and_dropped_unmaps_its_memory_at_once(run_ranks: RunRanks) -> None:
+    assert run_ranks("a_closed_group_leaves_no_memory", 2, "memory") == [[2, 0]] * 2
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_ranks_that_share_a_group_form_another_with_more(run_ranks: RunRanks, way: str) -> None:
     assert run_ranks("two_groups_share_members", 4, way) == [
         {"place": [0, 2, 4], "neighbours": [3, 2, 1, 2], "ends": [False, False]},

@@ -53,6 +53,10 @@ class ServingEngine(Protocol):
     def resolved(self) -> ResolvedConfig:
         """What it was started with."""
 
+    @property
+    def device(self) -> str:
+        """What the ranks compute on: cuda, cpu, or empty before one is ready."""
+
     def refusal(self) -> ErrorInfo | None:
         """Why nothing is admitted now, None while the engine serves."""
 
@@ -139,7 +143,8 @@ class ClientPort:
         elif isinstance(message, StatusQuery):
             self.connections.reply(connection, StatusReport(message.call_id, self._engine.status_json(now)))
         elif isinstance(message, LayoutQuery):
-            self.connections.reply(connection, layout_facts(message.call_id, self._engine.resolved))
+            facts = layout_facts(message.call_id, self._engine.resolved, device=self._engine.device or "cuda")
+            self.connections.reply(connection, facts)
         elif isinstance(message, CallRanks):
             self._engine.call_ranks(connection, message, now)
         elif isinstance(message, Goodbye):

@@ -186,6 +186,11 @@ class Coordinator:
     def core(self) -> EngineCore | None:
         return self._core
 
+    @property
+    def device(self) -> str:
+        records = self.workers.membership.ranks.values()
+        return next((record.ready.device for record in records if record.ready is not None), "")
+
     def refusal(self) -> ErrorInfo | None:
         if self._ended.is_set():
             text = self.error.text if self.error is not None else self._reason

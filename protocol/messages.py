@@ -249,7 +249,7 @@ class StoreReady(Message, frozen=True, tag=21):
 
 
 class Ready(Message, frozen=True, tag=22):
-    """The model is loaded, the KV cache allocated, the epoch's groups formed."""
+    """The model is loaded, the KV cache allocated, the epoch's groups formed. ``device``: cpu or cuda."""
 
     term: int
     epoch: int
@@ -259,6 +259,7 @@ class Ready(Message, frozen=True, tag=22):
     block_bytes: int
     weight_bytes: int
     load_s: float
+    device: str = ""
 
 
 class StepDone(Message, frozen=True, tag=23):
@@ -408,17 +409,7 @@ class LayoutQuery(Message, frozen=True, tag=50):
 
 
 FromClient = (
-    HelloClient
-    | Submit
-    | Stop
-    | Cancel
-    | Ack
-    | Resume
-    | StatusQuery
-    | CallRanks
-    | BeatClient
-    | Goodbye
-    | LayoutQuery
+    HelloClient | Submit | Stop | Cancel | Ack | Resume | StatusQuery | CallRanks | BeatClient | Goodbye | LayoutQuery
 )
 
 

@@ -16,6 +16,8 @@ from drumline.protocol.shards import RankShards, Span
 
 KINDS = ("embedding", "attention", "mlp", "router", "experts", "shared_experts", "norm", "head")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PACKED_FROM = 1 << 18
+"""A CPU lays out weights of so many numbers anew, for the products of small batches; smaller ones gain nothing."""
 EXPERT = "{expert}"
 """Stands for the expert's number in the name of an expert's weight."""
 
@@ -95,12 +97,21 @@ class ModelWeights:
             return shards.first_stage or (shards.last_stage and self.spec.tie_word_embeddings)
         return shards.last_stage
 
-    def bytes_by_kind(self, shards: RankShards, slots: dict[int, int], dtype: str) -> dict[str, int]:
-        """Bytes of a rank by kind, kinds without any left out. ``slots``: expert slots of the rank by layer."""
+    def bytes_by_kind(
+        self, shards: RankShards, slots: dict[int, int], dtype: str, device: str = "cuda"
+    ) -> dict[str, int]:
+        """Bytes of a rank by kind, kinds without any left out. ``slots``: expert slots of the rank by layer.
+
+        On the CPU (``device``) an output head that is tied to the embedding of the same rank is a copy of its own when
+        it is large: rows are looked up in one layout and multiplied in another.
+        """
         totals = dict.fromkeys(KINDS, 0)
         for piece in self.held(shards):
             copies = slots[piece.weight.layer] if piece.weight.per_expert else 1
             totals[piece.weight.kind] += piece.nbytes(dtype) * copies
+            tied = piece.weight.kind == "embedding" and self.spec.tie_word_embeddings
+            if device == "cpu" and tied and shards.first_stage and shards.last_stage:
+                totals["head"] += piece.nbytes(dtype) if math.prod(piece.shape) >= PACKED_FROM else 0
         return {kind: total for kind, total in totals.items() if total}
 
     def num_parameters(self) -> int:

@@ -147,6 +147,7 @@ class Worker:
                 block_bytes,
                 weight_bytes,
                 self._load_s,
+                runner.device.type,
             )
         )
 

@@ -34,6 +34,7 @@ def _size_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--num-gpus", type=int, metavar="N", help="GPUs that are there; default: as many as ranks.")
 @click.option("--gpu-memory", metavar="80GiB", help="Memory of one GPU: says what is left for KV.")
 @click.option("--gpu-memory-utilization", type=float, metavar="F", help="Share of it to use; default: 0.9.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", help="What the ranks compute on.")
 @click.option("--dtype", metavar="NAME", help=f"Of weights: {_ONE_OF}; default: the checkpoint's.")
 @click.option("--kv-cache-dtype", metavar="NAME", help=f"Of KV: {_ONE_OF}; default: the weights'.")
 @click.option("--max-model-len", type=int, metavar="N", help="Longest context in tokens; default: the model's own.")
@@ -79,7 +80,7 @@ def _question(flags: dict[str, Any]) -> Question:
     )
     memory = flags["gpu_memory"]
     memory = None if memory is None else parse_bytes("gpu_memory", memory)
-    return ask(config, num_gpus=flags["num_gpus"], gpu_memory=memory)
+    return ask(config, num_gpus=flags["num_gpus"], gpu_memory=memory, device=flags["device"])
 
 
 def _fail(error: DrumlineError, status: int) -> None:

@@ -206,7 +206,7 @@ def _consider(question: Question, sizes: ParallelConfig) -> Alternative:
     layout = other.layout
     heaviest = [layout.global_rank(0, stage) for stage in range(layout.pipeline_parallel_size)]
     placement = other.first_placement()
-    ranks = rank_reports(layout, other.spec, placement, other.dtype, other.kv_cache_dtype, heaviest)
+    ranks = rank_reports(layout, other.spec, placement, other.dtype, other.kv_cache_dtype, heaviest, other.device)
     ranks = with_memory(other, ranks)
     rooms = [one.kv_tokens for one in ranks if one.kv_tokens is not None]
     return Alternative(

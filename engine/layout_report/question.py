@@ -31,6 +31,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
     ``dtype``, ``kv_cache_dtype``: resolved, never "auto". ``gpu_memory``: bytes of one GPU, None when unknown; of it
     ``gpu_memory_utilization`` may be used. ``notes``: what a user should know about how the model was read.
+    ``device``: what the ranks compute on, cuda or cpu.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory: int | None
     gpu_memory_utilization: float
     notes: tuple[str, ...] = ()
+    device: str = "cuda"
 
     @property
     def usable_memory(self) -> int | None:
@@ -69,12 +71,13 @@ def ask(
     spec: ModelSpec | None = None,
     num_gpus: int | None = None,
     gpu_memory: int | None = None,
+    device: str = "cuda",
 ) -> Question:
     """A question whose parts go together. Of ``config`` count the model, the sizes, the dtypes, the longest context,
     block size and memory utilization.
 
     ``spec``: the model's shape; None reads it (:func:`read_model`). ``num_gpus``: None means as many as ranks.
-    ``gpu_memory``: bytes of one. Raises InvalidConfig, naming the field, what was found, what is valid.
+    ``gpu_memory``: bytes of one. ``device``: cuda or cpu. Raises InvalidConfig, naming the field, what was found, what is valid.
     """
     notes: tuple[str, ...] = ()
     if spec is None:
@@ -105,6 +108,7 @@ def ask(
         gpu_memory=gpu_memory,
         gpu_memory_utilization=config.cache.gpu_memory_utilization,
         notes=notes,
+        device=device,
     )
 
 

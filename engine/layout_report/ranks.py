@@ -108,9 +108,10 @@ class _ExpertShares:
 class _Sizes:
     """Bytes of a rank; ranks that hold as much of everything are weighed once."""
 
-    def __init__(self, spec: ModelSpec, dtype: str) -> None:
+    def __init__(self, spec: ModelSpec, dtype: str, device: str) -> None:
         self._weights = ModelWeights(spec)
         self._dtype = dtype
+        self._device = device
         self._known: dict[tuple[object, ...], dict[str, int]] = {}
 
     def of(self, shards: RankShards, slots: dict[int, int]) -> dict[str, int]:
@@ -118,7 +119,7 @@ class _Sizes:
         widths = tuple(end - start for start, end in cut)
         key = (shards.layers, widths, tuple(slots.values()))
         if key not in self._known:
-            self._known[key] = self._weights.bytes_by_kind(shards, slots, self._dtype)
+            self._known[key] = self._weights.bytes_by_kind(shards, slots, self._dtype, self._device)
         return dict(self._known[key])
 
 
@@ -129,15 +130,17 @@ def rank_reports(
     dtype: str,
     kv_dtype: str,
     ranks: Iterable[int] | None = None,
+    device: str = "cuda",
 ) -> tuple[RankReport, ...]:
     """One report per rank, or for ``ranks`` alone; ``check_model`` must have passed.
 
     ``placements``: int32 (moe_layers, slots), the logical expert of each slot, or one such by lockstep group; None for
-    a dense model. ``dtype`` and ``kv_dtype``: float32, bfloat16 or float16, of weights and KV cache.
+    a dense model. ``dtype`` and ``kv_dtype``: float32, bfloat16 or float16, of weights and KV cache. ``device``: cuda
+    or cpu, which holds a large tied output head twice.
     """
     if isinstance(placements, Mapping):
         placements = placements.get(0)  # all replicas of a MoE model are one lockstep group
-    shares, sizes = _ExpertShares(layout, spec, placements), _Sizes(spec, dtype)
+    shares, sizes = _ExpertShares(layout, spec, placements), _Sizes(spec, dtype, device)
     reports = []
     for rank in range(layout.num_ranks) if ranks is None else ranks:
         shards = rank_shards(layout, spec, rank)

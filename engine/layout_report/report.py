@@ -123,7 +123,8 @@ def report(question: Question, placement: I32 | None = None) -> LayoutReport:
     layout, spec = question.layout, question.spec
     if placement is None:
         placement = question.first_placement()
-    ranks = with_memory(question, rank_reports(layout, spec, placement, question.dtype, question.kv_cache_dtype))
+    dtype, kv_dtype = question.dtype, question.kv_cache_dtype
+    ranks = with_memory(question, rank_reports(layout, spec, placement, dtype, kv_dtype, device=question.device))
     advice = advise(question, ranks)
     return LayoutReport(
         config=_config(question),

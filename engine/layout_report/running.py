@@ -18,11 +18,13 @@ from drumline.protocol.placement import I32
 _NO_EXPERTS = np.zeros((0, 0), dtype=np.int32)
 
 
-def layout_facts(call_id: int, resolved: ResolvedConfig, placement: I32 | None = None) -> LayoutFacts:
+def layout_facts(
+    call_id: int, resolved: ResolvedConfig, placement: I32 | None = None, device: str = "cuda"
+) -> LayoutFacts:
     """The answer to a LayoutQuery. ``placement``: int32 (moe_layers, slots); None: the one it started with."""
     if placement is None:
         placement = resolved.placements.get(0)  # all replicas of a MoE model are one lockstep group
-    question = msgspec.json.encode(ask(resolved.config, spec=resolved.spec))
+    question = msgspec.json.encode(ask(resolved.config, spec=resolved.spec, device=device))
     return LayoutFacts(call_id, question, _NO_EXPERTS if placement is None else placement)
 
 

@@ -84,7 +84,7 @@ def bytes_off(config: EngineConfig, status: EngineStatus) -> float:
     """Largest relative difference, over all ranks, between bytes of weights held and said."""
     resolved = resolve(config)
     placement = next(iter(resolved.placements.values()), None)
-    said = rank_reports(resolved.layout, resolved.spec, placement, "float32", "float32")
+    said = rank_reports(resolved.layout, resolved.spec, placement, "float32", "float32", device="cpu")
     assert [rank.rank for rank in status.ranks] == [one.rank for one in said]
     pairs = zip(status.ranks, said, strict=True)
     return max(abs(rank.weight_bytes - one.total_weight_bytes) / one.total_weight_bytes for rank, one in pairs)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Smaller weights gain nothing: the call itself costs more.
-_MIN_ELEMENTS = 1 << 18
+from drumline.protocol.weights import PACKED_FROM
+
 # The layout is chosen for this batch and serves all.
 _BATCH_HINT = 8
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -21,7 +21,7 @@ _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 def pack_weight(weight: Tensor) -> Tensor | None:
     """``weight`` (out, in) in oneDNN's own layout, for :func:`packed_linear` only; None where packing does not pay."""
-    if weight.device.type != "cpu" or weight.dtype not in _TOLERANCE or weight.numel() < _MIN_ELEMENTS:
+    if weight.device.type != "cpu" or weight.dtype not in _TOLERANCE or weight.numel() < PACKED_FROM:
         return None
     return _reorder(weight) if _packing_works(weight.dtype) else None
 

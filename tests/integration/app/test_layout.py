@@ -18,6 +18,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 async def test_the_layout_of_a_running_engine(engine: AsyncEngine) -> None:
     async with asyncio.timeout(WITHIN_S):
         made = await engine.layout()
-    asked = ["layout", "--model", "demo", "--max-model-len", "128", "--json"]
+    asked = ["layout", "--model", "demo", "--max-model-len", "128", "--device", "cpu", "--json"]
     done = await asyncio.to_thread(CliRunner().invoke, main, asked)
     assert json.loads(made.to_json()) == json.loads(done.stdout)

@@ -153,6 +153,7 @@ SAMPLES: tuple[m.Message, ...] = (
         block_bytes=65536,
         weight_bytes=1 << 34,
         load_s=1.5,
+        device="cpu",
     ),
     m.StepDone(term=2, epoch=3, rank=1, step=1000, tokens=i32(11, -1, 13), logprob_index=i32(0), logprobs=(LOGPROB,)),
     m.Fault(term=2, epoch=3, rank=1, error=ERROR),

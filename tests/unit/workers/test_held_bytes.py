@@ -44,7 +44,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def expected_bytes(spec: ModelSpec, layout: Layout, rank: int, dtype: str) -> int:
     shards, maps = rank_shards(layout, spec, rank), placement_maps(spec, layout)
     slots = dict.fromkeys(spec.moe_layers, len(maps.local_slots(shards.ep_rank)) if spec.is_moe else 0)
-    return sum(ModelWeights(spec).bytes_by_kind(shards, slots, dtype).values())
+    return sum(ModelWeights(spec).bytes_by_kind(shards, slots, dtype, "cpu").values())
 
 
 def head_norm_rows(spec: ModelSpec, layout: Layout, rank: int, dtype: str) -> int:
@@ -62,7 +62,9 @@ def test_every_rank_of_every_layout_holds_the_bytes_that_are_told(
     folder = checkpoints(name)
     spec = ModelSpec.from_folder(folder)
     for title, sizes in LAYOUTS.items():
-        layout = Layout(**(sizes | {"enable_expert_parallel": sizes.get("enable_expert_parallel", False) and spec.is_moe}))
+        layout = Layout(
+            **(sizes | {"enable_expert_parallel": sizes.get("enable_expert_parallel", False) and spec.is_moe})
+        )
         check_model(layout, spec)
         for rank in range(layout.num_ranks):
             told = expected_bytes(spec, layout, rank, dtype)

@@ -90,7 +90,9 @@ def test_scaled_frequencies_and_their_factor_are_those_of_transformers(rope: dic
 
 def test_rotated_halves_are_those_of_transformers() -> None:
     torch.manual_seed(0)
-    rotary = RotaryEmbedding(16, 500.0, RopeScaling("yarn", 4.0, attention_factor=1.3, original_max_position_embeddings=64), 80, CPU)
+    rotary = RotaryEmbedding(
+        16, 500.0, RopeScaling("yarn", 4.0, attention_factor=1.3, original_max_position_embeddings=64), 80, CPU
+    )
     q, positions = torch.randn(7, 3, 16), torch.tensor([0, 1, 2, 50, 79, 3, 3])
     cos, sin = rotary.at(positions)
     # transformers has the sign in its rotation, drumline in the table.

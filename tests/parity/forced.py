@@ -34,4 +34,5 @@ def forced_logits(driver: StepDriver, text: list[int], prompt_len: int) -> Tenso
 
 def errors(found: Tensor, expected: Tensor) -> Tensor:
     """Of each position: the difference's norm relative to that of ``expected``."""
-    return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    relative: Tensor = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return relative

@@ -62,7 +62,9 @@ def test_every_rank_of_every_layout_holds_the_bytes_that_are_told(
     folder = checkpoints(name)
     spec = ModelSpec.from_folder(folder)
     for title, sizes in LAYOUTS.items():
-        layout = Layout(**(sizes | {"enable_expert_parallel": sizes.get("enable_expert_parallel", False) and spec.is_moe}))
+        layout = Layout(
+            **(sizes | {"enable_expert_parallel": sizes.get("enable_expert_parallel", False) and spec.is_moe})
+        )
         check_model(layout, spec)
         for rank in range(layout.num_ranks):
             told = expected_bytes(spec, layout, rank, dtype)
@@ -90,6 +92,7 @@ def test_packing_changes_nothing_and_tied_embeddings_count_once(checkpoints: Che
         assert held_bytes(model) == before
         embedding = spec.vocab_size * spec.hidden_size * 4
         assert held_bytes(model) > embedding
-        assert (model.head is not None) and (model.embedding is not None)
+        assert model.head is not None
+        assert model.embedding is not None
         tied = model.head.linear.weight.data_ptr() == model.embedding.weight.data_ptr()
         assert tied == spec.tie_word_embeddings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -99,9 +100,11 @@ def test_scrubbing_leaves_no_nan_behind_and_good_numbers_alone(spec: ModelSpec) 
     cache = KVCache(spec, rank_shards(Layout(), spec, 0), 4, 8, torch.float32, CPU)
     cache.keys[1][:, 2].fill_(1.5)
     cache.keys[1][0, 2, 3, 0] = float("nan")
-    cache.values[2][1, 2, 0, 5] = float("inf")
+    values = cache.values[2]
+    assert values is not None
+    values[1, 2, 0, 5] = float("inf")
     cache.scrub(torch.tensor([2]))
-    assert all(bool(part.isfinite().all()) for part in cache.keys + cache.values)
+    assert all(bool(part.isfinite().all()) for part in (*cache.keys, values))
     assert float(cache.keys[1][:, 2].sum()) == 1.5 * (2 * 8 * 16 - 1)
 
 
@@ -133,3 +136,18 @@ def test_a_float32_model_runs_on_a_bfloat16_cache_of_half_the_bytes(name: str, c
     assert sizes["auto"] == 2 * sizes["bfloat16"]
     median = float(errors(logits["bfloat16"], logits["auto"]).median())
     assert 1e-4 < median < 5e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek-v3"])
+@pytest.mark.parametrize("cache", ["float32", "bfloat16"])
+def test_what_a_prompt_becomes_does_not_depend_on_its_chunks(name: str, cache: str, checkpoints: Checkpoints) -> None:
+    text, logits = [token * 7 % 250 for token in range(60)], []
+    for budget in (8, 64):
+        config = worker_config(checkpoints(name), kv_cache_dtype=cache, max_num_batched_tokens=budget)
+        driver = StepDriver([[loaded_runner(config)]])
+        # Every budget that the driver draws: one chunk of 60, or eight of 8.
+        with mock.patch.object(driver.random, "choice", return_value=budget):
+            logits.append(forced_logits(driver, text, 60))
+        assert driver.counts["chunks"] == (7 if budget == 8 else 0)
+        driver.close()
+    assert float(errors(*logits).max()) < 1e-4

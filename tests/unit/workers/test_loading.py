@@ -16,6 +16,7 @@ from drumline.workers.loading import load_weights, resolve_dtype
 from tests.checkpoints import Checkpoints
 from tests.unit.workers.pieces import empty_model
 
+
 def rewritten(folder: Path, target: Path, **changes: torch.Tensor | None) -> Path:
     """A copy of a one-file checkpoint with tensors replaced, added, or (None) left out."""
     shutil.copytree(folder, target)

@@ -149,9 +149,7 @@ def test_sharded_experts_give_what_whole_ones_give(dtype: torch.dtype, counts: l
         assert (found.float() - exact).norm() <= 2e-2 * exact.norm()
 
 
-def spread_layer(
-    counts: list[int], tp: int, make: Exchange, dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor]]:
+def spread_layer(counts: list[int], tp: int, make: Exchange, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     """Outputs and load of each rank of a layer whose experts are spread over all of them."""
     ranks = len(counts) * tp
     replicas = [ThreadGroup(range(first, first + tp)) for first in range(0, ranks, tp)]
@@ -229,4 +227,3 @@ def test_a_token_goes_once_to_a_rank_with_several_of_its_experts() -> None:
         return len(hidden)
 
     assert on_ranks(2, rank) == [4, 0]
-

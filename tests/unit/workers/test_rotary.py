@@ -90,7 +90,9 @@ def test_scaled_frequencies_and_their_factor_are_those_of_transformers(rope: dic
 
 def test_rotated_halves_are_those_of_transformers() -> None:
     torch.manual_seed(0)
-    rotary = RotaryEmbedding(16, 500.0, RopeScaling("yarn", 4.0, attention_factor=1.3, original_max_position_embeddings=64), 80, CPU)
+    rotary = RotaryEmbedding(
+        16, 500.0, RopeScaling("yarn", 4.0, attention_factor=1.3, original_max_position_embeddings=64), 80, CPU
+    )
     q, positions = torch.randn(7, 3, 16), torch.tensor([0, 1, 2, 50, 79, 3, 3])
     cos, sin = rotary.at(positions)
     # transformers has the sign in its rotation, drumline in the table.
@@ -107,7 +109,8 @@ def test_interleaved_pairs_have_the_products_of_transformers() -> None:
     angles = torch.outer(positions.float(), inverse_frequencies(8, 500.0, RopeScaling())).repeat(1, 2)
     config = DeepseekV3Config()
     assert config.rope_interleave
-    their_q, their_k = apply_rotary_pos_emb_interleave(q, k, angles.cos()[None], angles.sin()[None])
+    rotate: Any = apply_rotary_pos_emb_interleave
+    their_q, their_k = rotate(q, k, angles.cos()[None], angles.sin()[None])
     tables = rotary.at(positions)
     our_q = rotary.rotate(q[0].transpose(0, 1), tables)
     our_k = rotary.rotate(k[0].transpose(0, 1), tables)

@@ -1,28 +1,13 @@
-"""Layers against plain restatements of their definitions."""
+"""Attention over blocks against a plain restatement of its definition."""
 
 from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from torch import Tensor
 
-from drumline.protocol.errors import InvalidConfig
-from drumline.protocol.modelspec import RopeScaling
-from drumline.workers.layers import (
-    AttentionInputs,
-    DecodeRows,
-    Linear,
-    MoeLayer,
-    PagedAttention,
-    PrefillSequence,
-    RotaryEmbedding,
-    RoutingView,
-)
-from drumline.workers.layers.rotary import inverse_frequencies
-
-CPU = torch.device("cpu")
+from drumline.workers.layers import AttentionInputs, DecodeRows, PagedAttention, PrefillSequence
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:

@@ -33,16 +33,16 @@ class Verdict:
 
 
 class Oracle:
-    """A checkpoint in transformers, float32."""
+    """A checkpoint in transformers, computed in ``dtype``."""
 
-    def __init__(self, folder: Path) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> Tensor:
         """float32 (len(tokens), vocabulary)."""
         logits: Tensor = self._model(torch.tensor([tokens])).logits[0]
-        return logits
+        return logits.float()
 
     @torch.inference_mode()
     def greedy(self, prompt: list[int], count: int) -> list[int]:

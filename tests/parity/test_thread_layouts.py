@@ -9,6 +9,7 @@ import torch
 
 from tests.checkpoints import WIDE_VOCAB_SIZE, Checkpoints
 from tests.parity.oracle import Oracle, relative_error
+from tests.parity.stepdriver import Stream
 from tests.parity.test_one_rank import TOLERANCE, mixed_streams
 from tests.parity.threadranks import thread_driver
 
@@ -36,6 +37,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("deepseek-v3-wide", TP4 | EP),
     ("deepseek-v3-wide", TP2 | PP2),
     ("deepseek-v3-wide", TP2 | DP2 | {"attention_data_parallel_size": 2}),
+    # A dense layer before the experts, four attention replicas of one rank each, of which some have no token.
+    ("deepseek-v3-wide", TP4 | EP | {"attention_data_parallel_size": 4, "all2all_backend": "all_to_all"}),
+    ("qwen3-moe-kv2", TP4 | PP2 | {"attention_data_parallel_size": 2}),
+    ("qwen3-moe-wide", TP2 | DP2 | PP2),
+    # Tied embeddings, on both ends of a pipeline.
+    ("llama-kv2", TP2 | {"pipeline_parallel_size": 3}),
 ]
 
 
@@ -68,3 +75,27 @@ def test_a_cut_model_gives_the_logits_and_the_greedy_tokens_of_transformers(
     print(f"{title((name, sizes))}: largest relative error {worst:.1e}, {driver.counts}")
     assert worst < TOLERANCE
     assert replicas == 1 or driver.counts["dummy_steps"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("qwen3-moe-wide", TP4),
+        ("qwen3-moe-wide", TP4 | EP),
+        ("deepseek-v3-wide", TP4 | EP | {"all2all_backend": "all_to_all"}),
+        ("deepseek-v3-wide", TP4 | {"attention_data_parallel_size": 2}),
+        ("mixtral-wide", TP2 | DP2 | EP),
+    ],
+    ids=str,
+)
+def test_one_token_for_all_ranks_leaves_most_of_them_without_any(
+    name: str, sizes: dict[str, Any], checkpoints: Checkpoints
+) -> None:
+    folder = checkpoints(name)
+    driver = thread_driver(folder, **sizes)
+    stream = Stream([17], 6)
+    driver.run([[stream], *([] for _ in driver.replicas[1:])])
+    driver.close()
+    oracle = Oracle(folder)
+    assert oracle.judge(stream.prompt, stream.generated).equal
+    assert relative_error(torch.stack(stream.logits), oracle.logits(stream.tokens)[:-1]) < TOLERANCE

@@ -82,9 +82,11 @@ class PagedAttention:
         ``q`` (n, heads, head_dim), ``k`` (n, kv heads, head_dim), ``v`` (n, kv heads, value_dim), ``keys`` and
         ``values`` (kv heads, blocks, block size, head_dim or value_dim). Returns (n, heads * value_dim).
         """
-        keys.flatten(1, 2).index_copy_(1, inputs.slots, k.transpose(0, 1).to(keys.dtype))
+        # A prompt sees its own keys as a later chunk of it would: rounded to the cache's dtype.
+        k, v = k.to(keys.dtype), v.to(keys.dtype)
+        keys.flatten(1, 2).index_copy_(1, inputs.slots, k.transpose(0, 1))
         if values is not None:
-            values.flatten(1, 2).index_copy_(1, inputs.slots, v.transpose(0, 1).to(values.dtype))
+            values.flatten(1, 2).index_copy_(1, inputs.slots, v.transpose(0, 1))
         parts = [self._decode(q, keys, values, decode) for decode in inputs.decodes]
         parts.extend(self._prefill(q, k, v, keys, values, sequence) for sequence in inputs.prefills)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -122,7 +124,7 @@ class PagedAttention:
         # (kv heads, group, count, dim) against (kv heads, 1, context, dim): the group shares keys without a copy.
         grouped = q[start:end].view(count, heads, self.group, dim).permute(1, 2, 0, 3)
         if sequence.mask is None:
-            own_keys, own_values = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)
+            own_keys, own_values = k[start:end].transpose(0, 1).to(q.dtype), v[start:end].transpose(0, 1).to(q.dtype)
         else:
             own_keys = self._cached(keys, sequence).to(q.dtype)
             own_values = own_keys[..., : self.value_dim]

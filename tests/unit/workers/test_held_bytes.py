@@ -92,6 +92,7 @@ def test_packing_changes_nothing_and_tied_embeddings_count_once(checkpoints: Che
         assert held_bytes(model) == before
         embedding = spec.vocab_size * spec.hidden_size * 4
         assert held_bytes(model) > embedding
-        assert (model.head is not None) and (model.embedding is not None)
+        assert model.head is not None
+        assert model.embedding is not None
         tied = model.head.linear.weight.data_ptr() == model.embedding.weight.data_ptr()
         assert tied == spec.tie_word_embeddings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from drumline.protocol.layout import Layout
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.shards import rank_shards
 from drumline.workers import kv_cache
-from drumline.workers.kv_cache import KVCache, block_bytes, choose_num_blocks, free_memory
+from drumline.workers.kv_cache import KVCache, block_bytes, choose_num_blocks, free_memory, kv_dtype
 from tests.checkpoints import Checkpoints
-from tests.parity.stepdriver import worker_config
+from tests.parity.forced import errors, forced_logits
+from tests.parity.stepdriver import StepDriver, loaded_runner, worker_config
 
 CPU = torch.device("cpu")
 # 3 layers, keys and values, 2 kv heads of 16 float32, and an int32 token id.
@@ -98,7 +100,54 @@ def test_scrubbing_leaves_no_nan_behind_and_good_numbers_alone(spec: ModelSpec) 
     cache = KVCache(spec, rank_shards(Layout(), spec, 0), 4, 8, torch.float32, CPU)
     cache.keys[1][:, 2].fill_(1.5)
     cache.keys[1][0, 2, 3, 0] = float("nan")
-    cache.values[2][1, 2, 0, 5] = float("inf")
+    values = cache.values[2]
+    assert values is not None
+    values[1, 2, 0, 5] = float("inf")
     cache.scrub(torch.tensor([2]))
-    assert all(bool(part.isfinite().all()) for part in cache.keys + cache.values)
+    assert all(bool(part.isfinite().all()) for part in (*cache.keys, values))
     assert float(cache.keys[1][:, 2].sum()) == 1.5 * (2 * 8 * 16 - 1)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_the_cache_is_in_what_is_computed_in_unless_it_is_said(compute: torch.dtype) -> None:
+    assert kv_dtype("auto", compute) == compute
+    assert kv_dtype("bfloat16", compute) == torch.bfloat16
+    assert kv_dtype("float32", compute) == torch.float32
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_e4m3", "float16", "int8", ""])
+def test_another_cache_dtype_is_refused_by_name(name: str, checkpoints: Checkpoints) -> None:
+    with pytest.raises(InvalidConfig, match="valid: auto, float32, bfloat16") as caught:
+        loaded_runner(worker_config(checkpoints("llama"), kv_cache_dtype=name))
+    assert (caught.value.field, caught.value.info.found) == ("kv_cache_dtype", name)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek-v3"])
+def test_a_float32_model_runs_on_a_bfloat16_cache_of_half_the_bytes(name: str, checkpoints: Checkpoints) -> None:
+    text, logits, sizes = [token * 7 % 250 for token in range(60)], {}, {}
+    for dtype in ("auto", "bfloat16"):
+        runner = loaded_runner(worker_config(checkpoints(name), kv_cache_dtype=dtype))
+        parts = [part for part in (*runner.cache.keys, *runner.cache.values) if part is not None]
+        assert {part.dtype for part in parts} == {kv_dtype(dtype, torch.float32)}
+        sizes[dtype] = sum(part.nbytes for part in parts)
+        driver = StepDriver([[runner]])
+        logits[dtype] = forced_logits(driver, text, 50)
+        driver.close()
+    assert sizes["auto"] == 2 * sizes["bfloat16"]
+    median = float(errors(logits["bfloat16"], logits["auto"]).median())
+    assert 1e-4 < median < 5e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek-v3"])
+@pytest.mark.parametrize("cache", ["float32", "bfloat16"])
+def test_what_a_prompt_becomes_does_not_depend_on_its_chunks(name: str, cache: str, checkpoints: Checkpoints) -> None:
+    text, logits = [token * 7 % 250 for token in range(60)], []
+    for budget in (8, 64):
+        config = worker_config(checkpoints(name), kv_cache_dtype=cache, max_num_batched_tokens=budget)
+        driver = StepDriver([[loaded_runner(config)]])
+        # Every budget that the driver draws: one chunk of 60, or eight of 8.
+        with mock.patch.object(driver.random, "choice", return_value=budget):
+            logits.append(forced_logits(driver, text, 60))
+        assert driver.counts["chunks"] == (7 if budget == 8 else 0)
+        driver.close()
+    assert float(errors(*logits).max()) < 1e-4

@@ -60,19 +60,24 @@ def test_a_step_beyond_the_token_budget_is_refused(runner: ModelRunner) -> None:
 def test_logits_that_are_not_finite_name_their_rows_and_poison_nobody_else(runner: ModelRunner) -> None:
     reference = runner.execute(first_step({5: [9, 8, 7]}, int32(3))).tokens.tolist()
     runner.reset()
-    clean = runner.model.embedding.weight[77].clone()
-    runner.model.embedding.weight[77] = float("nan")
+    assert runner.model.embedding is not None
+    weight = runner.model.embedding.weight
+    clean = weight[77].clone()
+    weight[77] = float("nan")
     with pytest.raises(NumericFault, match="rows 2") as caught:
         runner.execute(first_step({1: [1, 2, 3], 2: [4, 77, 5], 5: [6]}, int32(7)))
     assert caught.value.rows == (2,)
     assert caught.value.info.kind == "numeric"
-    runner.model.embedding.weight[77] = clean
-    assert all(bool(part.isfinite().all()) for part in runner.cache.keys + runner.cache.values)
+    weight[77] = clean
+    for part in (*runner.cache.keys, *runner.cache.values):
+        assert part is not None
+        assert bool(part.isfinite().all())
     runner.reset()
     assert runner.execute(first_step({5: [9, 8, 7]}, int32(3))).tokens.tolist() == reference
 
 
 def test_an_infinite_logit_alone_is_noticed(runner: ModelRunner) -> None:
+    assert runner.model.head is not None
     runner.model.head.linear.weight[3] = float("inf")
     with pytest.raises(NumericFault, match="logits are NaN or infinite in rows 0, 4"):
         runner.execute(first_step({0: [1, 2], 4: [3]}, int32(3)))

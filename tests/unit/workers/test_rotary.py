@@ -109,7 +109,8 @@ def test_interleaved_pairs_have_the_products_of_transformers() -> None:
     angles = torch.outer(positions.float(), inverse_frequencies(8, 500.0, RopeScaling())).repeat(1, 2)
     config = DeepseekV3Config()
     assert config.rope_interleave
-    their_q, their_k = apply_rotary_pos_emb_interleave(q, k, angles.cos()[None], angles.sin()[None])
+    rotate: Any = apply_rotary_pos_emb_interleave
+    their_q, their_k = rotate(q, k, angles.cos()[None], angles.sin()[None])
     tables = rotary.at(positions)
     our_q = rotary.rotate(q[0].transpose(0, 1), tables)
     our_k = rotary.rotate(k[0].transpose(0, 1), tables)

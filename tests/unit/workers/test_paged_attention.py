@@ -1,28 +1,13 @@
-"""Layers against plain restatements of their definitions."""
+"""Attention over blocks against a plain restatement of its definition."""
 
 from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from torch import Tensor
 
-from drumline.protocol.errors import InvalidConfig
-from drumline.protocol.modelspec import RopeScaling
-from drumline.workers.layers import (
-    AttentionInputs,
-    DecodeRows,
-    Linear,
-    MoeLayer,
-    PagedAttention,
-    PrefillSequence,
-    RotaryEmbedding,
-    RoutingView,
-)
-from drumline.workers.layers.rotary import inverse_frequencies
-
-CPU = torch.device("cpu")
+from drumline.workers.layers import AttentionInputs, DecodeRows, PagedAttention, PrefillSequence
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
@@ -67,21 +52,3 @@ def test_decodes_and_prefills_in_one_call_are_causal_attention_over_their_own_bl
     expected += [plain_attention(q[1 + i], *tables["b"][1:], 3 + i) for i in range(3)]
     expected += [plain_attention(q[4 + i], *tables["c"][1:], i) for i in range(5)]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("tokens", [1, 7, 64])
-@pytest.mark.parametrize("biased", [True, False])
-def test_a_packed_linear_is_the_same_product(tokens: int, biased: bool) -> None:
-    torch.manual_seed(2)
-    weight, bias = torch.randn(640, 512), torch.randn(640) if biased else None
-    x = torch.randn(tokens, 512)
-    layer = Linear(weight, bias)
-    expected = layer(x)
-    layer.pack()
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
-
-
-def test_a_small_linear_is_left_as_it_is() -> None:
-    layer = Linear(torch.randn(32, 16))
-    layer.pack()
-    assert layer.weight.device.type == "cpu"

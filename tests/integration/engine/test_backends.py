@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shlex
 import signal
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -78,9 +81,19 @@ async def run_with(config: EngineConfig, job: Job) -> AsyncIterator[AsyncEngine]
         yield engine
 
 
+_said: list[int] = []
+
+
+async def said_by_a_forkserver() -> list[int]:
+    """The tokens that any of these engines must say; float32 on the demo model has no ties there."""
+    if not _said:
+        async with running(TWO) as engine:
+            _said.extend(await eight_tokens(engine))
+    return _said
+
+
 async def test_one_rank_alone_needs_no_forkserver_and_says_the_same(mark: str, runtime_root: Path) -> None:
-    async with running(ONE) as engine:
-        expected = await eight_tokens(engine)
+    expected = await said_by_a_forkserver()
     async with running(UNI) as engine:
         assert await eight_tokens(engine) == expected
         assert len(marked(mark)) == 3
@@ -119,8 +132,7 @@ async def test_a_killed_supervisor_takes_a_rank_alone_with_it(mark: str, runtime
 
 
 async def test_ranks_of_a_job_script_serve_like_those_of_a_forkserver(mark: str, runtime_root: Path, job: Job) -> None:
-    async with running(TWO) as engine:
-        expected = await eight_tokens(engine)
+    expected = await said_by_a_forkserver()
     async with run_with(EXTERNAL, job) as engine:
         assert engine.launch is not None
         token = engine.launch.token_file
@@ -139,8 +151,7 @@ async def test_ranks_of_a_job_script_serve_like_those_of_a_forkserver(mark: str,
 
 
 async def test_replicas_are_started_here_and_by_a_job_script(mark: str, runtime_root: Path, job: Job) -> None:
-    async with running(TWO) as engine:
-        expected = await eight_tokens(engine)
+    expected = await said_by_a_forkserver()
     async with run_with(MIXED, job) as engine:
         assert engine.launch is not None
         assert engine.launch.ranks == (1,)
@@ -218,6 +229,31 @@ def test_a_killed_app_takes_the_ranks_of_its_job_with_it(mark: str, runtime_root
         wait_until(lambda: len(workers(mark)) == 2, 30.0, "no rank was started")
         kill_app(process)
         wait_all_gone(mark, runtime_root)
+
+
+def test_the_command_says_how_to_start_its_ranks(mark: str, runtime_root: Path) -> None:
+    arguments = "generate --prompt x --max-tokens 4 --json --distributed-executor-backend external_launcher"
+    command = [sys.executable, "-c", "from drumline.engine.cli import main; main()", *arguments.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as generate:
+        assert generate.stderr is not None
+        waiting = next(line for line in generate.stderr if line.startswith("waiting for 1 rank: "))
+        _, shown, rest = waiting.split("`")
+        assert rest == " for N in 0\n"
+        python, *words = shlex.split(shown.replace("--rank N", "--rank 0"))
+        assert python == "python"
+        with subprocess.Popen([sys.executable, *words]) as rank:
+            out, _ = generate.communicate(timeout=60)
+            assert rank.wait(5.0) == 0
+    assert generate.returncode == 0
+    assert len(json.loads(out)["outputs"][0]["token_ids"]) == 4
+
+
+async def test_ranks_that_load_in_turns_serve_all_the_same(mark: str, runtime_root: Path) -> None:
+    expected = await said_by_a_forkserver()
+    async with running(two(max_parallel_loading_workers=1)) as engine:
+        assert await eight_tokens(engine) == expected
+        turns = [path.name for path in runtime_root.glob("drumline-*/loading-*.lock")]  # noqa: ASYNC240
+        assert turns == ["loading-0.lock"]
 
 
 async def test_ports_that_were_asked_for_are_taken(mark: str, job: Job) -> None:

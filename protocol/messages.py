@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from drumline.protocol.errors import ErrorInfo
+from drumline.protocol.layout import Layout
 
 PROTOCOL_VERSION = 1
 
@@ -136,6 +137,18 @@ class WorkerConfig(Part, frozen=True):
     runtime_dir: str = ""
     first_local_rank: int = 0
     first_local_device: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the world that the rank is part of."""
+        return Layout(
+            self.data_parallel_size,
+            self.pipeline_parallel_size,
+            self.tensor_parallel_size,
+            self.enable_expert_parallel,
+            self.attention_data_parallel_size,
+            self.pipeline_partition,
+        )
 
 
 # ------------------------------------------------------------------------------------------- coordinator to worker

@@ -15,7 +15,6 @@ import torch
 
 from drumline.protocol.codec import config_digest
 from drumline.protocol.errors import DrumlineError, ErrorInfo, ProtocolError
-from drumline.protocol.layout import Layout
 from drumline.protocol.messages import (
     Call,
     CallResult,
@@ -41,6 +40,7 @@ from drumline.workers.faults import describe
 from drumline.workers.fence import Fence
 from drumline.workers.groups import GroupCoordinator, GroupPlace, GroupTimeout, PeerLost, form_group
 from drumline.workers.held_bytes import held_bytes
+from drumline.workers.host_share import choose_device, choose_threads
 from drumline.workers.loading_turn import loading_turn
 from drumline.workers.model_runner import ModelRunner
 from drumline.workers.remote_methods import RemoteMethods, failure, remote
@@ -49,7 +49,6 @@ log = logging.getLogger(__name__)
 
 STORE_DEADLINE_S = 30.0
 EXIT_LOAD_FAILED = 1
-SMALL_MODEL_BYTES = 64 << 20
 
 # An epoch that could not be formed is no fault of this process: it stays, with its weights, for the next one.
 _EPOCH_ERRORS = (StoreError, PeerLost, GroupTimeout, ProtocolError)
@@ -161,7 +160,7 @@ class Worker:
     def _load(self, config: WorkerConfig, placement: np.ndarray[Any, np.dtype[np.int32]]) -> None:
         start = time.monotonic()
         spec = ModelSpec.from_folder(config.model)
-        runner = ModelRunner(config, spec, choose_device(config, self._me.rank), layout_of(config), self._me.rank)
+        runner = ModelRunner(config, spec, choose_device(config, self._me.rank), config.layout, self._me.rank)
 
         def still_wanted() -> None:
             self._control.abort.check(self._fence.term, self._fence.epoch)
@@ -290,39 +289,3 @@ class Worker:
         if self._runner is None:
             raise ProtocolError("the model is not loaded")
         return self._runner
-
-
-def choose_threads(config: WorkerConfig, weight_bytes: int) -> int:
-    """How many threads compute: what the config says, else OMP_NUM_THREADS, else this rank's share of the cores.
-
-    One for a model below ``SMALL_MODEL_BYTES``, whose products are over before another thread is awake: the demo model
-    wrote 1,263 tokens/s in 8 streams on one thread of two idle cores, and 475 on two.
-    """
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    said = config.num_threads or (int(asked) if asked.isdecimal() else 0)
-    if said:
-        return said
-    if weight_bytes < SMALL_MODEL_BYTES:
-        return 1
-    return max(1, len(os.sched_getaffinity(0)) // max(1, config.local_ranks))
-
-
-def choose_device(config: WorkerConfig, rank: int) -> torch.device:
-    """CUDA where it is there: the host's first rank takes device ``first_local_device``, the next ones those that
-    follow, in turn; else the CPU."""
-    if torch.cuda.is_available():
-        number = config.first_local_device + rank - config.first_local_rank
-        return torch.device("cuda", number % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
-def layout_of(config: WorkerConfig) -> Layout:
-    """The layout of the world that ``config`` describes."""
-    return Layout(
-        config.data_parallel_size,
-        config.pipeline_parallel_size,
-        config.tensor_parallel_size,
-        config.enable_expert_parallel,
-        config.attention_data_parallel_size,
-        config.pipeline_partition,
-    )

@@ -77,7 +77,8 @@ def ask(
     block size and memory utilization.
 
     ``spec``: the model's shape; None reads it (:func:`read_model`). ``num_gpus``: None means as many as ranks.
-    ``gpu_memory``: bytes of one. ``device``: cuda or cpu. Raises InvalidConfig, naming the field, what was found, what is valid.
+    ``gpu_memory``: bytes of one. ``device``: cuda or cpu. Raises InvalidConfig, naming the field, what was found,
+    what is valid.
     """
     notes: tuple[str, ...] = ()
     if spec is None:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drumline.protocol.layout import Layout
 from drumline.protocol.messages import Admit, LogprobEntry, SamplingSpec, Step, WorkerConfig
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.placement import initial_placement
@@ -45,22 +44,10 @@ def worker_config(folder: Path, **changes: Any) -> WorkerConfig:
     return WorkerConfig(**(values | changes))
 
 
-def layout_of(config: WorkerConfig) -> Layout:
-    """The layout that a worker reads from its config."""
-    return Layout(
-        config.data_parallel_size,
-        config.pipeline_parallel_size,
-        config.tensor_parallel_size,
-        config.enable_expert_parallel,
-        config.attention_data_parallel_size,
-        config.pipeline_partition,
-    )
-
-
 def loaded_runner(config: WorkerConfig, rank: int = 0, *, groups: StepGroups | None = None) -> ModelRunner:
     """A runner with its weights and its cache, ready for the first step."""
     spec = ModelSpec.from_folder(config.model)
-    layout = layout_of(config)
+    layout = config.layout
     runner = ModelRunner(config, spec, torch.device("cpu"), layout, rank)
     strategy = config.expert_placement_strategy
     runner.load(

@@ -13,7 +13,7 @@ from drumline.workers.epoch_groups import StepGroups
 from drumline.workers.experts.all_to_all import AllToAllExchange
 from drumline.workers.layers import ExpertExchange, LocalExchange
 from drumline.workers.pipeline import Pipeline
-from tests.parity.stepdriver import StepDriver, layout_of, loaded_runner, worker_config
+from tests.parity.stepdriver import StepDriver, loaded_runner, worker_config
 from tests.parity.threadexchange import ThreadExchange
 from tests.parity.threadgroup import ThreadGroup, ThreadMember
 
@@ -53,7 +53,7 @@ def step_groups(groups: ThreadGroups, layout: Layout, rank: int, *, backend: str
 def thread_driver(folder: Path, *, seed: int = 5, evict_chance: float = 0.05, **sizes: Any) -> StepDriver:
     """A driver of all attention replicas of the layout that ``sizes`` (fields of WorkerConfig) make."""
     config = worker_config(folder, **sizes)
-    layout = layout_of(config)
+    layout = config.layout
     spec = ModelSpec.from_folder(str(folder))
     groups = ThreadGroups()
     runners = [

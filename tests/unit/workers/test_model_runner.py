@@ -13,7 +13,7 @@ from drumline.protocol.messages import Admit, SamplingSpec, Step
 from drumline.protocol.modelspec import ModelSpec
 from drumline.workers.model_runner import ModelRunner, NumericFault
 from tests.checkpoints import Checkpoints
-from tests.parity.stepdriver import GREEDY, StepDriver, Stream, layout_of, loaded_runner, worker_config
+from tests.parity.stepdriver import GREEDY, StepDriver, Stream, loaded_runner, worker_config
 
 
 def int32(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -85,7 +85,7 @@ def test_an_infinite_logit_alone_is_noticed(runner: ModelRunner) -> None:
 
 def test_a_placement_of_another_number_of_layers_is_refused(checkpoints: Checkpoints) -> None:
     config = worker_config(checkpoints("qwen3-moe"))
-    runner = ModelRunner(config, ModelSpec.from_folder(config.model), torch.device("cpu"), layout_of(config), 0)
+    runner = ModelRunner(config, ModelSpec.from_folder(config.model), torch.device("cpu"), config.layout, 0)
     with pytest.raises(InvalidConfig, match="3, one per MoE layer"):
         runner.load(np.zeros((0, 0), dtype=np.int32))
 

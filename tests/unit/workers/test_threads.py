@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from drumline.protocol.messages import WorkerConfig
-from drumline.workers.worker import SMALL_MODEL_BYTES, choose_threads
+from drumline.workers.host_share import SMALL_MODEL_BYTES, choose_threads
 
 CONFIG = WorkerConfig("m", "auto", 64, 4, 16, 16, 0, 0, 0.9, 1)
 

@@ -32,6 +32,7 @@ bench: $(STAMP)
 	$(BIN)/drumline bench scheduler
 	$(BIN)/python -m tests.unit.protocol.measure
 	$(BIN)/python -m tests.benchmarks.idle --data-parallel-size 2
+	$(BIN)/python -m tests.benchmarks.collectives
 
 soak: $(SOAKS)  ## each soak-* target for MINUTES
 

@@ -161,15 +161,15 @@ def run_aside(work: Callable[[], T], watch: Watch, deadline_s: float) -> T:
             errors.append(error)
         done.set()
 
-    name, epoch = watch.name, watch.place.epoch
-    threading.Thread(target=run, name=f"form-{name}", daemon=True).start()
+    what = f"group {watch.name} of epoch {watch.place.epoch}, rank {watch.place.rank}"
+    threading.Thread(target=run, name=f"form-{watch.name}", daemon=True).start()
     deadline = time.monotonic() + deadline_s + _GRACE_S
     while not done.wait(SLICE_S):
         watch.check()
         if time.monotonic() > deadline:
-            raise GroupTimeout(f"group {name} of epoch {epoch} was not formed within {deadline_s:g} s")
+            raise GroupTimeout(f"{what}: not formed within {deadline_s:g} s")
     if results:
         return results[0]
     if isinstance(errors[0], DrumlineError):
         raise errors[0]
-    raise PeerLost(f"group {name} of epoch {epoch} could not be formed: {errors[0]}") from errors[0]
+    raise PeerLost(f"{what}: could not be formed: {errors[0]}") from errors[0]

@@ -81,12 +81,17 @@ def bind_tcp(host: str, port: int = 0) -> tuple[socket.socket, int]:
         raise InvalidConfig("port", port, "0 (a free one) to 65535")
     bound = socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # With a port of the kernel's choice this would allow one that somebody else has bound in the same way.
+        if port:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
         # Two sockets may share a port that neither of them listens on.
         bound.listen(BACKLOG)
     except OSError as error:
         bound.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            valid = "an address of this machine, such as 127.0.0.1"
+            raise InvalidConfig("host", f"{host} ({error.strerror})", valid) from error
         found = f"{port} on {host} ({error.strerror})"
         raise InvalidConfig("port", found, "0 (a free one), or a port that no other process listens on") from error
     return bound, int(bound.getsockname()[1])

@@ -15,10 +15,10 @@ from datetime import timedelta
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, but not in __all__
 
 from drumline.protocol.bounded import Call, StoreError, run_bounded
+from drumline.protocol.endpoints import bind_tcp
 from drumline.protocol.errors import InvalidConfig
 
 _RETRY_S = 0.01
-_BACKLOG = 1024
 # torch takes a timeout of 0 for none.
 _SHORTEST_S = 0.1
 
@@ -30,18 +30,7 @@ def reserve_port(host: str, port: int = 0) -> tuple[socket.socket, int]:
     nobody else can take it before. Raises InvalidConfig for an address that is a wildcard, not an IP address or cannot
     be bound.
     """
-    ip = _check_host(host)
-    listener = socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        # With a port of the kernel's choice this would allow one that somebody else has bound in the same way.
-        if port:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(_BACKLOG)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise InvalidConfig("host", f"{host} port {port} ({error})", "an address of this machine") from error
-    return listener, int(listener.getsockname()[1])
+    return bind_tcp(host, port)
 
 
 def open_store(

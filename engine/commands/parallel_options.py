@@ -7,20 +7,15 @@ import click
 from drumline.engine.config import ALL2ALL_BACKENDS, EXECUTOR_BACKENDS, PLACEMENT_STRATEGIES, ParallelConfig
 
 
-class LayersPerStage(click.ParamType):
+def _layers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     """Whole numbers with commas between them."""
-
-    name = "layers"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...] | object:
-        if not isinstance(value, str):
-            return value
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not whole numbers with commas between them, such as 2,3,2", param, ctx)
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        text = f"{value!r} is not whole numbers with commas between them, such as 2,3,2"
+        raise click.BadParameter(text, ctx, param) from None
 
 
 def _choices(names: tuple[str, ...]) -> str:
@@ -52,7 +47,7 @@ SIZE_OPTIONS = [
         default=None,
         help="Where tp exceeds the KV heads: several KV caches with rows of their own, no copies of one.",
     ),
-    click.option("--pipeline-partition", type=LayersPerStage(), metavar="N,N,...", help="Layers of each stage."),
+    click.option("--pipeline-partition", callback=_layers, metavar="N,N,...", help="Layers of each stage."),
 ]
 """Those that say who holds what of a model."""
 PARALLEL_OPTIONS = [

@@ -39,13 +39,13 @@ def test_only_the_other_ranks_are_spawned() -> None:
 
 def test_the_token_of_the_job_admits_each_of_its_ranks_once() -> None:
     one = membership({0, 2})
-    assert one.awaited == (0, 2)
+    assert list(one.awaited) == [0, 2]
     assert len(one.worker_hello(peer(0), hello(0, TOKEN), 1.0)) == 1
-    assert one.awaited == (2,)
+    assert list(one.awaited) == [2]
     assert one.worker_hello(b"again", hello(0, TOKEN, incarnation="second"), 2.0) == []
     assert one.refusals.duplicate_hello == 1
     assert len(one.worker_hello(peer(2), hello(2, TOKEN), 3.0)) == 1
-    assert one.awaited == ()
+    assert list(one.awaited) == []
 
 
 def test_the_token_of_the_job_admits_no_rank_that_is_started_here() -> None:

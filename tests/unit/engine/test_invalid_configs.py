@@ -18,7 +18,12 @@ from drumline.protocol.errors import InvalidConfig
 _PARTS: dict[str, type] = {
     name: cls for cls in (ParallelConfig, CacheConfig, SchedulerConfig, FaultConfig) for name in cls.__struct_fields__
 }
-_NAMES = {ParallelConfig: "parallel", CacheConfig: "cache", SchedulerConfig: "scheduler", FaultConfig: "faults"}
+_NAMES: dict[type, str] = {
+    ParallelConfig: "parallel",
+    CacheConfig: "cache",
+    SchedulerConfig: "scheduler",
+    FaultConfig: "faults",
+}
 
 
 class Case(msgspec.Struct):
@@ -43,7 +48,7 @@ DENSE = {"architectures": ["Qwen3ForCausalLM"]}
 SEVEN_LAYERS = {"num_hidden_layers": 7}
 SIX_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3}
 TEN_HEADS = {"num_attention_heads": 10, "num_key_value_heads": 2}
-EP = {"enable_expert_parallel": True}
+EP: dict[str, Any] = {"enable_expert_parallel": True}
 
 CASES = [
     alone("data_parallel_size", 1, data_parallel_size=0),

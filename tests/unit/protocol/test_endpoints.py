@@ -131,7 +131,7 @@ def test_free_ports_are_never_handed_out_twice() -> None:
         ("localhost", 0, "host"),
         ("127.0.0.1", 65536, "port"),
         ("127.0.0.1", -1, "port"),
-        ("192.0.2.1", 0, "port"),
+        ("192.0.2.1", 0, "host"),
     ],
 )
 def test_what_cannot_be_bound_is_refused_by_name(host: str, port: int, field: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from drumline.protocol.errors import ProtocolError
 from drumline.workers.experts.exchange import GlooExchange, Rows, count_words
 from drumline.workers.groups import COLLECTIVE_DEADLINE_S, SLICE_S, GroupCoordinator, GroupTimeout, PeerLost
-from drumline.workers.mailboxes import HALF_BYTES, Mailboxes
+from drumline.workers.groups.mailboxes import HALF_BYTES, Mailboxes
 
 
 class SharedExchange:

@@ -13,11 +13,10 @@ import torch
 from torch import distributed
 
 from drumline.protocol.errors import ProtocolError
-from drumline.workers import gloo_ops, shared_ops, sharing
-from drumline.workers.forming import meet
-from drumline.workers.groups import GroupPlace
-from drumline.workers.nccl_ops import NcclOps
-from drumline.workers.watch import Watch
+from drumline.workers.groups import GroupPlace, gloo_ops, shared_ops, sharing
+from drumline.workers.groups.forming import meet
+from drumline.workers.groups.nccl_ops import NcclOps
+from drumline.workers.groups.watch import Watch
 from tests.integration.workers.group_checks import check_all, expect_same, made_by, sum_in_order
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import torch
 
 from drumline.protocol.errors import ProtocolError
 from drumline.workers.abort import AbortFlag, EpochAborted
-from drumline.workers.mailboxes import OUTBOX_SLOT_BYTES, OUTBOX_SLOTS, Mailbox, Mailboxes, mailbox_bytes
-from drumline.workers.outboxes import Outboxes
-from drumline.workers.place import GroupPlace
+from drumline.workers.groups.mailboxes import OUTBOX_SLOT_BYTES, OUTBOX_SLOTS, Mailbox, Mailboxes, mailbox_bytes
+from drumline.workers.groups.outboxes import Outboxes
+from drumline.workers.groups.place import GroupPlace
+from drumline.workers.groups.watch import GroupTimeout, PeerLost, Watch
 from drumline.workers.progress import Progress
-from drumline.workers.watch import GroupTimeout, PeerLost, Watch
 
 SIZE = 3
 MEMBERS = (4, 5, 6)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drumline.protocol.errors import ProtocolError
-from drumline.workers import packed
+from drumline.workers.groups import packed
 
 
 @given(st.binary(max_size=4 * packed.HEAD_BYTES))

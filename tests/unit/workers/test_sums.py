@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from drumline.workers.sums import add_in_order, even_counts
+from drumline.workers.groups.sums import add_in_order, even_counts
 
 
 def test_floats_are_added_from_left_to_right() -> None:

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from drumline.workers.shared_counter import SharedCounter
-from drumline.workers.watch import SLICE_S, GroupTimeout, PeerLost, Watch
+from drumline.workers.groups.shared_counter import SharedCounter
+from drumline.workers.groups.watch import SLICE_S, GroupTimeout, PeerLost, Watch
 
 HALF_BYTES = 4 << 20
 OUTBOX_SLOTS, OUTBOX_SLOT_BYTES = 64, 64 << 10
@@ -35,7 +35,7 @@ _COUNTER, _LEFT, _HEADER = 0, 1, 64
 
 class Mailbox:
     """One rank's mapped memory: counter, a flag for having left, a nonce, per half the bounds and the content, and last
-    its outboxes, one for each rank (:mod:`drumline.workers.outboxes`)."""
+    its outboxes, one for each rank (:mod:`drumline.workers.groups.outboxes`)."""
 
     def __init__(self, fd: int, size: int, pid: int) -> None:
         self.memory = mmap.mmap(fd, mailbox_bytes(size))

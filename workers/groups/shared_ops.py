@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from drumline.workers.mailboxes import HALF_BYTES, Mailboxes
-from drumline.workers.sums import add_in_order, even_counts
+from drumline.workers.groups.mailboxes import HALF_BYTES, Mailboxes
+from drumline.workers.groups.sums import add_in_order, even_counts
 
 # From here on each rank adds up its share and fetches the others', instead of adding up everything.
 SPLIT_SUM_BYTES = 192 << 10

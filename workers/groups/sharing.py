@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 
 from drumline.protocol.stateless import StatelessGroup
-from drumline.workers.mailboxes import NONCE_AT, NONCE_BYTES, Mailbox, Mailboxes, mailbox_bytes
-from drumline.workers.watch import Watch
+from drumline.workers.groups.mailboxes import NONCE_AT, NONCE_BYTES, Mailbox, Mailboxes, mailbox_bytes
+from drumline.workers.groups.watch import Watch
 
 
 class _Offer(msgspec.Struct, array_like=True, frozen=True):

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from drumline.workers.watch import SLICE_S, Watch
+from drumline.workers.groups.watch import SLICE_S, Watch
 
 MAX_UNFINISHED_SENDS = 64
 

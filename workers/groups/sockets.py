@@ -18,9 +18,9 @@ import torch
 
 from drumline.protocol.errors import DrumlineError
 from drumline.protocol.stateless import StoreError
-from drumline.workers.forming import Formed
-from drumline.workers.point_to_point import BARRIER_TAG, PointToPoint, SocketRecv, SocketSend, first_line
-from drumline.workers.watch import FORM_DEADLINE_S, SLICE_S, GroupTimeout, PeerLost, Watch
+from drumline.workers.groups.forming import Formed
+from drumline.workers.groups.point_to_point import BARRIER_TAG, PointToPoint, SocketRecv, SocketSend, first_line
+from drumline.workers.groups.watch import FORM_DEADLINE_S, SLICE_S, GroupTimeout, PeerLost, Watch
 
 T = TypeVar("T")
 

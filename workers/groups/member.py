@@ -8,15 +8,15 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from drumline.protocol.errors import DrumlineError, ProtocolError
-from drumline.workers.forming import Formed
-from drumline.workers.gloo_ops import GlooOps
-from drumline.workers.local_ops import LocalOps
-from drumline.workers.nccl_ops import NcclOps
-from drumline.workers.outboxes import Outboxes
-from drumline.workers.shared_ops import SharedOps
-from drumline.workers.sockets import Sockets
-from drumline.workers.transfers import Transfers
-from drumline.workers.watch import Watch
+from drumline.workers.groups.forming import Formed
+from drumline.workers.groups.gloo_ops import GlooOps
+from drumline.workers.groups.local_ops import LocalOps
+from drumline.workers.groups.nccl_ops import NcclOps
+from drumline.workers.groups.outboxes import Outboxes
+from drumline.workers.groups.shared_ops import SharedOps
+from drumline.workers.groups.sockets import Sockets
+from drumline.workers.groups.transfers import Transfers
+from drumline.workers.groups.watch import Watch
 
 HostOps = SharedOps | GlooOps | LocalOps
 Ops = HostOps | NcclOps

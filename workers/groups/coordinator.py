@@ -1,9 +1,9 @@
 """The tensor groups of an epoch.
 
 Each group is a process group of its own on the epoch's store; torch's global default group is never made. CPU tensors
-go through memory that the ranks share (:mod:`drumline.workers.shared_ops`) or, where they cannot, over gloo; tensors on
-a GPU go over NCCL. What a group leaves behind belongs to the epoch: buffers given to a collective that was aborted are
-never used again.
+go through memory that the ranks share (:mod:`drumline.workers.groups.shared_ops`) or, where they cannot, over gloo;
+tensors on a GPU go over NCCL. What a group leaves behind belongs to the epoch: buffers given to a collective that was
+aborted are never used again.
 """
 
 from __future__ import annotations
@@ -16,36 +16,19 @@ import torch
 from torch import Tensor
 
 from drumline.protocol.errors import ProtocolError
-from drumline.workers import group_arguments as arguments
-from drumline.workers import packed
 from drumline.workers.abort import AbortFlag
-from drumline.workers.forming import meet
-from drumline.workers.group_member import GroupMember
-from drumline.workers.pending import PendingRecv, PendingSend
-from drumline.workers.place import GroupPlace
-from drumline.workers.progress import Progress
-from drumline.workers.sockets import run_aside
-from drumline.workers.watch import (
+from drumline.workers.groups import arguments, packed
+from drumline.workers.groups.forming import meet
+from drumline.workers.groups.member import GroupMember
+from drumline.workers.groups.pending import PendingRecv, PendingSend
+from drumline.workers.groups.place import GroupPlace
+from drumline.workers.groups.sockets import run_aside
+from drumline.workers.groups.watch import (
     COLLECTIVE_DEADLINE_S,
     FORM_DEADLINE_S,
-    SLICE_S,
-    GroupTimeout,
-    PeerLost,
     Watch,
 )
-
-__all__ = [
-    "COLLECTIVE_DEADLINE_S",
-    "FORM_DEADLINE_S",
-    "SLICE_S",
-    "GroupCoordinator",
-    "GroupPlace",
-    "GroupTimeout",
-    "PeerLost",
-    "PendingRecv",
-    "PendingSend",
-    "form_group",
-]
+from drumline.workers.progress import Progress
 
 
 class GroupCoordinator(GroupMember):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from drumline.protocol.errors import ProtocolError
-from drumline.workers import packed
-from drumline.workers.nccl_ops import NcclOps
-from drumline.workers.outboxes import Outboxes
-from drumline.workers.pending import PendingRecv, PendingSend
-from drumline.workers.sockets import Sockets
-from drumline.workers.watch import Watch
+from drumline.workers.groups import packed
+from drumline.workers.groups.nccl_ops import NcclOps
+from drumline.workers.groups.outboxes import Outboxes
+from drumline.workers.groups.pending import PendingRecv, PendingSend
+from drumline.workers.groups.sockets import Sockets
+from drumline.workers.groups.watch import Watch
 
 
 class Transfers:

@@ -15,10 +15,10 @@ from torch import distributed
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # exported, but not in __all__
 
 from drumline.protocol.stateless import StatelessGroup, connect_store, group_prefix
-from drumline.workers.mailboxes import Mailboxes
-from drumline.workers.place import GroupPlace
-from drumline.workers.sharing import share_memory
-from drumline.workers.watch import Watch
+from drumline.workers.groups.mailboxes import Mailboxes
+from drumline.workers.groups.place import GroupPlace
+from drumline.workers.groups.sharing import share_memory
+from drumline.workers.groups.watch import Watch
 
 # Beyond the deadline of the group's own waits, which come first.
 _SOCKET_GRACE_S = 30.0

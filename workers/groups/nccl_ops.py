@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from drumline.workers.pending import Pending, PendingRecv, PendingSend, make_room
-from drumline.workers.watch import SLICE_S, PeerLost, Watch
+from drumline.workers.groups.pending import Pending, PendingRecv, PendingSend, make_room
+from drumline.workers.groups.watch import SLICE_S, PeerLost, Watch
 
 _POLL_S = 20e-6
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from drumline.protocol.errors import ProtocolError
-from drumline.workers.mailboxes import OUTBOX_BYTES, OUTBOX_SLOT_BYTES, OUTBOX_SLOTS, Mailbox, Mailboxes
-from drumline.workers.pending import PendingRecv, PendingSend
-from drumline.workers.shared_counter import SharedCounter
-from drumline.workers.watch import SLICE_S, PeerLost, Watch
+from drumline.workers.groups.mailboxes import OUTBOX_BYTES, OUTBOX_SLOT_BYTES, OUTBOX_SLOTS, Mailbox, Mailboxes
+from drumline.workers.groups.pending import PendingRecv, PendingSend
+from drumline.workers.groups.shared_counter import SharedCounter
+from drumline.workers.groups.watch import SLICE_S, PeerLost, Watch
 
 # Words of an outbox, each counter in a cache line of its own; a slot's length and descriptor follow.
 _WRITTEN, _READ, _SLOTS_AT = 0, 8, 16

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drumline.workers.sockets import Sockets
-from drumline.workers.sums import add_in_order, even_counts
+from drumline.workers.groups.sockets import Sockets
+from drumline.workers.groups.sums import add_in_order, even_counts
 
 # From here on each rank of three or more adds up its share and fetches the others', instead of fetching everything.
 SPLIT_SUM_BYTES = 128 << 10

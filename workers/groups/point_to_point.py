@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from drumline.workers.pending import Pending, PendingRecv, PendingSend, make_room
-from drumline.workers.watch import PeerLost, Watch
+from drumline.workers.groups.pending import Pending, PendingRecv, PendingSend, make_room
+from drumline.workers.groups.watch import PeerLost, Watch
 
 BARRIER_TAG = 1
 _FOREVER = timedelta(days=30)

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from drumline.protocol.errors import DrumlineError, ErrorInfo
 from drumline.workers.abort import AbortFlag, EpochAborted
-from drumline.workers.place import GroupPlace
+from drumline.workers.groups.place import GroupPlace
 from drumline.workers.progress import Progress
 
 SLICE_S = 0.05

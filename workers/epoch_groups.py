@@ -10,7 +10,7 @@ import torch
 from drumline.protocol.layout import Layout
 from drumline.workers.collectives import Group, LoneGroup
 from drumline.workers.experts.all_to_all import AllToAllExchange
-from drumline.workers.experts.exchange import GlooExchange
+from drumline.workers.experts.exchange import GatherExchange
 from drumline.workers.experts.shared import SharedExchange
 from drumline.workers.groups import GroupCoordinator
 from drumline.workers.layers.moe import ExpertExchange, LocalExchange
@@ -85,4 +85,4 @@ class EpochGroups:
 def _exchange(group: GroupCoordinator, backend: str) -> ExpertExchange:
     if backend == "all_to_all":
         return AllToAllExchange(group, torch.device(group.device))
-    return GlooExchange(group) if group.mailboxes is None else SharedExchange(group, group.mailboxes)
+    return GatherExchange(group) if group.mailboxes is None else SharedExchange(group, group.mailboxes)

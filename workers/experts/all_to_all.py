@@ -22,7 +22,7 @@ class AllToAllExchange:
     """The exchange of one expert group by all-to-all; implements ``layers.moe.ExpertExchange``.
 
     A row is a token's hidden state as 32-bit words and its slots; a token goes once to each rank that owns any of them.
-    Buffers and errors are those of :class:`~drumline.workers.experts.exchange.GlooExchange`.
+    Buffers and errors are those of :class:`~drumline.workers.experts.exchange.GatherExchange`.
     """
 
     def __init__(self, group: Group, device: torch.device) -> None:

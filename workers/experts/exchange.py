@@ -1,5 +1,4 @@
-"""Tokens to the ranks that hold their experts by gathering all of them, and the outputs home: two uneven all-to-alls
-per layer.
+"""Tokens to the ranks that hold their experts by gathering all of them, and the outputs home by one uneven all-to-all.
 
 Nobody has to ask for sizes. How many tokens each rank brings follows from the step plan; how many outputs go where
 follows on both sides from the experts that the router chose, which every rank knows once the tokens have been gathered.
@@ -38,21 +37,19 @@ class Rows:
         return self._storage[:size].view(rows, width)
 
 
-class GlooExchange:
-    """The exchange of one expert group that gathers all tokens on all ranks; implements ``layers.moe.ExpertExchange``.
+class GatherExchange:
+    """The exchange of one expert group that gathers all tokens on all ranks; implements
+    ``layers.moe.ExpertExchange``.
 
-    Hidden states and expert ids travel in one buffer of 32-bit words, as bits. Returned tensors are views of buffers
-    that the next call of the same method overwrites. The buffers belong to the epoch's group: after an error of a
-    collective the exchange must not be used again, because an operation left behind may still write to them.
+    Hidden states and expert ids travel in one buffer of 32-bit words, as bits. After an error of a collective the
+    exchange must not be used again, because an operation left behind may still write to its buffers.
     """
 
     def __init__(self, group: GroupCoordinator) -> None:
         self._group = group
-        self._size = group.world_size
         self._sent = Rows(_WORD, group.device)
-        self._gathered = Rows(_WORD, group.device)
         self._home = Rows(torch.float32, group.device)
-        self._pair_bounds = np.zeros(group.world_size + 1, dtype=np.int64)
+        self._pair_bounds = np.zeros(group.size + 1, dtype=np.int64)
 
     def dispatch(
         self, hidden: Tensor, topk_ids: Tensor, owners: Tensor, counts: Sequence[int]
@@ -65,14 +62,11 @@ class GlooExchange:
         """
         n, hidden_size = hidden.shape
         top_k = topk_ids.shape[1]
-        self._group.check_counts(counts, n)
         words = count_words(hidden_size, hidden.dtype)
-        sent = self._sent.take(self._size * n, words + top_k)
-        to_all = sent.view(self._size, n, words + top_k)
-        to_all[:, :, :words] = hidden.contiguous().view(_WORD)
-        to_all[:, :, words:] = topk_ids
-        gathered = self._gathered.take(sum(counts), words + top_k)
-        self._group.all_to_all(gathered, sent, list(counts), [n] * self._size)
+        sent = self._sent.take(n, words + top_k)
+        sent[:, :words] = hidden.contiguous().view(_WORD)
+        sent[:, words:] = topk_ids
+        gathered = self._group.all_gather_rows(sent, counts)
         np.cumsum(np.multiply(counts, top_k), out=self._pair_bounds[1:])
         return gathered[:, :words].view(hidden.dtype), gathered[:, words:].to(torch.int64)
 

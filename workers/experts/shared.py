@@ -9,37 +9,38 @@ import torch
 from torch import Tensor
 
 from drumline.protocol.errors import ProtocolError
-from drumline.workers.experts.exchange import GlooExchange, Rows, count_words
-from drumline.workers.groups import COLLECTIVE_DEADLINE_S, SLICE_S, GroupCoordinator, GroupTimeout, PeerLost
+from drumline.workers.experts.exchange import GatherExchange, Rows, count_words
+from drumline.workers.groups import GroupCoordinator
 from drumline.workers.groups.mailboxes import HALF_BYTES, Mailboxes
 
 
 class SharedExchange:
-    """Implements ``layers.moe.ExpertExchange`` over mailboxes; a step too large for them goes over the group's sockets.
+    """Implements ``layers.moe.ExpertExchange`` in the mailboxes' memory; a step too large for a half of them goes by
+    the group's collectives, in rounds.
 
     Which way a step goes follows from its token counts, so that all ranks take the same one. Views, buffers and errors
-    are those of :class:`GlooExchange`.
+    are those of :class:`GatherExchange`.
     """
 
     def __init__(self, group: GroupCoordinator, boxes: Mailboxes) -> None:
         self._group = group
         self._boxes = boxes
-        self._large = GlooExchange(group)
+        self._large = GatherExchange(group)
         self._gathered = Rows(torch.int32, group.device)
         self._home = Rows(torch.float32, group.device)
         self._pair_bounds = np.zeros(group.size + 1, dtype=np.int64)
-        self._over_sockets = False
+        self._too_large = False
 
     def dispatch(
         self, hidden: Tensor, topk_ids: Tensor, owners: Tensor, counts: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Gather the tokens of all ranks; see ``ExpertExchange.dispatch`` and ``GlooExchange.dispatch``."""
+        """Gather the tokens of all ranks; see ``ExpertExchange.dispatch`` and ``GatherExchange.dispatch``."""
         n, hidden_size = hidden.shape
         top_k = topk_ids.shape[1]
         words = count_words(hidden_size, hidden.dtype)
         # The larger of the two exchanges: each output may have to come from one rank.
-        self._over_sockets = sum(counts) * max(top_k * hidden_size, words + top_k) * 4 > HALF_BYTES
-        if self._over_sockets:
+        self._too_large = sum(counts) * max(top_k * hidden_size, words + top_k) * 4 > HALF_BYTES
+        if self._too_large:
             return self._large.dispatch(hidden, topk_ids, owners, counts)
         self._group.check_counts(counts, n)
         np.cumsum(np.multiply(counts, top_k), out=self._pair_bounds[1:])
@@ -53,15 +54,15 @@ class SharedExchange:
             gathered = self._gathered.take(sum(counts), width)
             start = 0
             for position, count in enumerate(counts):
-                self._await(position, operation)
+                boxes.wait_for(position, operation)
                 end = start + count
                 gathered[start:end] = boxes.content(position, operation)[: count * width].view(count, width)
                 start = end
         return gathered[:, :words].view(hidden.dtype), gathered[:, words:].to(torch.int64)
 
     def combine(self, outputs: Tensor, pair_index: Tensor, owners: Tensor) -> Tensor:
-        """Bring expert outputs home; see ``ExpertExchange.combine`` and ``GlooExchange.combine``."""
-        if self._over_sockets:
+        """Bring expert outputs home; see ``ExpertExchange.combine`` and ``GatherExchange.combine``."""
+        if self._too_large:
             return self._large.combine(outputs, pair_index, owners)
         boxes, width = self._boxes, outputs.shape[1]
         by_owner = owners.numpy()
@@ -76,7 +77,7 @@ class SharedExchange:
             boxes.publish(operation)
             start = 0
             for position, count in enumerate(received):
-                self._await(position, operation)
+                boxes.wait_for(position, operation)
                 first, last = boxes.bounds(position, operation)[boxes.position : boxes.position + 2].tolist()
                 if last - first != count:
                     raise ProtocolError(f"rank {position} computed {last - first} outputs for this one, not {count}")
@@ -85,15 +86,3 @@ class SharedExchange:
                 start += count
         order = torch.from_numpy(np.argsort(by_owner, kind="stable"))
         return torch.empty_like(arrived).index_copy_(0, order, arrived)
-
-    def _await(self, position: int, operation: int) -> None:
-        waited = 0.0
-        while not self._boxes.wait(position, operation):
-            self._group.check_epoch()
-            gone = self._boxes.gone(position)
-            # What it published before it went still counts.
-            if gone and not self._boxes.wait(position, operation):
-                raise self._group.error(PeerLost, f"rank at position {position}: {gone}")
-            waited += SLICE_S
-            if waited >= COLLECTIVE_DEADLINE_S:
-                raise self._group.error(GroupTimeout, f"did not end within {COLLECTIVE_DEADLINE_S:.0f} s")

@@ -26,7 +26,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from drumline.workers.abort import AbortFlag
 from drumline.workers.experts.all_to_all import AllToAllExchange
-from drumline.workers.experts.exchange import GlooExchange
+from drumline.workers.experts.exchange import GatherExchange
 from drumline.workers.experts.shared import SharedExchange
 from drumline.workers.groups import GroupCoordinator, GroupPlace, form_group
 from drumline.workers.layers.moe import ExpertExchange
@@ -53,7 +53,7 @@ class Rank:
         if self.way == "all_to_all":
             return AllToAllExchange(self.group, self.group.device)
         if self.way == "sockets":
-            return GlooExchange(self.group)
+            return GatherExchange(self.group)
         if self.group.mailboxes is None:
             raise AssertionError("ranks of one host share no memory")
         return SharedExchange(self.group, self.group.mailboxes)

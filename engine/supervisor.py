@@ -102,10 +102,11 @@ class Supervisor:
         return 0 if self._error is None else 1
 
     def _start(self) -> None:
-        # The forkserver first: importing torch is what a start waits for.
+        # What starts the ranks first: importing torch is what a start waits for.
         self._ranks = rank_processes(
             self._loop,
             self._order.config.parallel,
+            self._order.worker_endpoint,
             on_spawned=self._say,
             on_exited=self._say,
             on_lost=lambda text: self._fail(text),

@@ -1,4 +1,4 @@
-"""An app that embeds an engine, to be killed: ``python -m tests.integration.engine.app [--inline] [--external]``.
+"""An app that embeds an engine, to be killed: ``python -m tests.integration.engine.app [--inline] [--external|--uni]``.
 
 Prints a line when it begins to start, when it is ready and for each token. With --external it starts the ranks itself,
 in sessions of their own, so that they outlive it unless they notice its end.
@@ -10,6 +10,8 @@ import asyncio
 import subprocess
 import sys
 
+import msgspec
+
 from drumline.engine.client import AsyncEngine
 from drumline.engine.config import EngineConfig, ParallelConfig
 from drumline.engine.sampling_params import SamplingParams
@@ -17,8 +19,11 @@ from drumline.protocol.messages import Event
 
 
 async def main() -> None:
-    backend = "external_launcher" if "--external" in sys.argv else "mp"
-    parallel = ParallelConfig(data_parallel_size=2, enable_expert_parallel=True, distributed_executor_backend=backend)
+    parallel = ParallelConfig(data_parallel_size=2, enable_expert_parallel=True)
+    if "--external" in sys.argv:
+        parallel = msgspec.structs.replace(parallel, distributed_executor_backend="external_launcher")
+    elif "--uni" in sys.argv:
+        parallel = ParallelConfig(distributed_executor_backend="uni")
     config = EngineConfig("demo", parallel=parallel, inline="--inline" in sys.argv)
 
     def on_event(event: Event) -> None:

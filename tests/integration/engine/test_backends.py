@@ -131,6 +131,19 @@ async def test_a_killed_supervisor_takes_a_rank_alone_with_it(mark: str, runtime
         await until(lambda: not marked(mark), 3.0, f"left: {marked(mark)}")
 
 
+@pytest.mark.parametrize("pause_s", [0.0, 0.4, 0.8, 1.6])
+def test_an_app_killed_while_its_one_rank_starts_takes_everything_with_it(
+    mark: str, runtime_root: Path, pause_s: float
+) -> None:
+    """The moments cover a rank that has no launch token yet."""
+    with app("--uni") as process:
+        read_until(process, "start")
+        wait_until(lambda: any("drumline.workers" in line for line in marked(mark).values()), 30.0, "no rank")
+        time.sleep(pause_s)
+        kill_app(process)
+        wait_all_gone(mark, runtime_root)
+
+
 async def test_ranks_of_a_job_script_serve_like_those_of_a_forkserver(mark: str, runtime_root: Path, job: Job) -> None:
     expected = await said_by_a_forkserver()
     async with run_with(EXTERNAL, job) as engine:

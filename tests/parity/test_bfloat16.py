@@ -14,10 +14,10 @@ from tests.parity.forced import errors, forced_logits
 from tests.parity.oracle import Oracle
 from tests.parity.threadranks import thread_driver
 
-TEXTS, LENGTH, PROMPT = 3, 72, 32
-# Where rounding sends a token to other experts the error is large, for us and for transformers, not at the same tokens:
-# means are of few such events, medians of none.
-MEAN_AT_MOST, MEDIAN_AT_MOST = 1.5, 1.25
+TEXTS, LENGTH, PROMPT = 10, 36, 12
+# Ours over theirs. With experts the error is large wherever rounding sends a token to others, and in what follows that
+# token: for us and for transformers alike, but not at the same tokens, so that their ratio depends on luck.
+DENSE_AT_MOST, MOE_AT_MOST = 1.1, 1.5
 MODELS = ("llama-wide", "qwen3-moe-wide", "mixtral-wide", "deepseek-v3-wide")
 LAYOUTS: dict[str, dict[str, Any]] = {"one": {}, "tp2": {"tensor_parallel_size": 2}}
 
@@ -38,5 +38,6 @@ def test_our_error_is_of_the_size_of_transformers_own(name: str, layout: str, ch
     print(f"transformers in bfloat16 {own.mean():.4f} and {own.median():.4f}, ", end="")
     print(f"between the two {between.mean():.4f} and {between.median():.4f}")
     assert 1e-3 < own.median() < 0.2
-    assert 1e-3 < ours.median() <= MEDIAN_AT_MOST * own.median()
-    assert ours.mean() <= MEAN_AT_MOST * own.mean()
+    assert 1e-3 < ours.median()
+    limit = DENSE_AT_MOST if name == "llama-wide" else MOE_AT_MOST
+    assert ours.mean() <= limit * own.mean()

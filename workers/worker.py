@@ -111,8 +111,8 @@ class Worker:
     def _open_store(self, message: OpenStore) -> None:
         if self._fence.is_stale(message.term, message.epoch):
             return
-        store, host, port = open_store(message.host, message.port, STORE_DEADLINE_S)
-        self._store = store
+        self._store = None  # a fixed port is free for the new store once the old one is gone
+        self._store, host, port = open_store(message.host, message.port, STORE_DEADLINE_S)
         self._control.send(StoreReady(message.term, message.epoch, self._me.rank, host, port))
 
     def _configure(self, message: Configure) -> None:

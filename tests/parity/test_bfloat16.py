@@ -38,6 +38,6 @@ def test_our_error_is_of_the_size_of_transformers_own(name: str, layout: str, ch
     print(f"transformers in bfloat16 {own.mean():.4f} and {own.median():.4f}, ", end="")
     print(f"between the two {between.mean():.4f} and {between.median():.4f}")
     assert 1e-3 < own.median() < 0.2
-    assert 1e-3 < ours.median()
+    assert ours.median() > 1e-3
     limit = DENSE_AT_MOST if name == "llama-wide" else MOE_AT_MOST
     assert ours.mean() <= limit * own.mean()

@@ -6,7 +6,7 @@ from drumline.engine.parallel_config import ParallelConfig
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.layout import Layout
 from drumline.protocol.modelspec import ModelSpec
-from drumline.protocol.shards import attention_replicas, check_model
+from drumline.protocol.shards import attention_replicas, check_model, uneven_tensor_parallel
 
 _MAX_PORT = 65535
 
@@ -16,18 +16,18 @@ def parallel_layout(parallel: ParallelConfig, spec: ModelSpec) -> Layout:
     so, naming the user's own field."""
     tp, kv_heads = parallel.tensor_parallel_size, spec.num_kv_heads
     attn_dp = attention_replicas(tp, kv_heads) if parallel.enable_dp_attention else 1
-    if tp % attn_dp:
-        valid = f"{kv_heads * attn_dp}, a multiple of {kv_heads} KV heads, while enable_dp_attention is True"
-        raise InvalidConfig("tensor_parallel_size", tp, valid)
     layout = Layout(
         data_parallel_size=parallel.data_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         tensor_parallel_size=tp,
         enable_expert_parallel=parallel.enable_expert_parallel,
-        attention_data_parallel_size=attn_dp,
+        attention_data_parallel_size=1 if tp % attn_dp else attn_dp,
         pipeline_partition=parallel.pipeline_partition or (),
     )
-    check_model(layout, spec)
+    if tp % attn_dp:
+        why = f"with enable_dp_attention and {kv_heads} KV heads {tp} ranks would be cut into {attn_dp} equal parts"
+        raise uneven_tensor_parallel(layout, spec, True, why)
+    check_model(layout, spec, dp_attention=parallel.enable_dp_attention)
     _check_ports(parallel, len(layout.lockstep_groups(spec.is_moe)))
     return layout
 

@@ -114,79 +114,100 @@ def rank_shards(layout: Layout, spec: ModelSpec, rank: int) -> RankShards:
     )
 
 
-def check_model(layout: Layout, spec: ModelSpec) -> None:
-    """Refuse a layout that ``spec`` cannot be cut by. Raises InvalidConfig, naming the field and what would do."""
+def check_model(layout: Layout, spec: ModelSpec, *, dp_attention: bool | None = None) -> None:
+    """Refuse a layout that ``spec`` cannot be cut by. Raises InvalidConfig, naming the field and what would do.
+
+    ``dp_attention``: whether another number of ranks would get attention replicas (:func:`attention_replicas`) too;
+    None: as ``layout`` has more than one.
+    """
     layout.check()
     layer_split(spec.num_layers, layout.pipeline_parallel_size, layout.pipeline_partition)
     if layout.enable_expert_parallel and not spec.is_moe:
         raise InvalidConfig("enable_expert_parallel", True, "False (the model has no experts)")
-    _check_heads(layout, spec)
-    _check_channels(layout, spec)
-    _check_experts(layout, spec)
+    dp_attention = layout.attention_data_parallel_size > 1 if dp_attention is None else dp_attention
+    why = _why_no_tensor_parallel(layout, spec)
+    if why:
+        raise uneven_tensor_parallel(layout, spec, dp_attention, why)
+    _check_data_parallel(layout, spec)
 
 
-def _check_experts(layout: Layout, spec: ModelSpec) -> None:
-    """With expert parallel each rank of a stage needs one expert at least."""
-    experts, tp = max(spec.num_experts, 1), layout.tensor_parallel_size
-    if layout.ep_size <= experts:
-        return
-    needs = f"each rank needs one of {spec.num_experts} experts"
-    if tp > experts:
-        sizes = [n for n in _tensor_parallel_sizes(layout, spec) if n <= experts]
-        raise InvalidConfig("tensor_parallel_size", tp, f"one of {_listed(sizes)}: {needs}")
-    valid = f"1 to {experts // tp} at tensor_parallel_size {tp} ({needs})"
-    raise InvalidConfig("data_parallel_size", layout.data_parallel_size, valid)
-
-
-def _check_heads(layout: Layout, spec: ModelSpec) -> None:
-    attn_tp, attn_dp = layout.attn_tp_size, layout.attention_data_parallel_size
-    wide = f" with {attn_dp} attention replicas" if attn_dp > 1 else ""
-    if spec.num_heads % attn_tp:
-        why = f"{spec.num_heads} attention heads are shared out evenly"
-    elif not _kv_fit(spec.num_kv_heads, attn_tp):
-        why = f"a divisor or a multiple of {spec.num_kv_heads} KV heads"
-    else:
-        return
-    valid = f"one of {_listed(_tensor_parallel_sizes(layout, spec))}{wide}: {why}"
-    raise InvalidConfig("tensor_parallel_size", layout.tensor_parallel_size, valid)
-
-
-def _tensor_parallel_sizes(layout: Layout, spec: ModelSpec) -> list[int]:
-    """The sizes by which the heads can be shared out, with as many attention replicas as ``layout`` has."""
-    sizes = (n for n in divisors(spec.num_heads) if _kv_fit(spec.num_kv_heads, n))
-    return [n * layout.attention_data_parallel_size for n in sizes]
-
-
-def _check_channels(layout: Layout, spec: ModelSpec) -> None:
+def uneven_tensor_parallel(layout: Layout, spec: ModelSpec, dp_attention: bool, why: str) -> InvalidConfig:
+    """The error for a ``tensor_parallel_size`` by which ``spec`` cannot be cut; the sizes it lists can be had, with
+    everything else as it is where any can."""
     tp = layout.tensor_parallel_size
-    dense = any(layer not in spec.moe_layers for layer in range(spec.num_layers))
-    if dense and spec.intermediate_size % tp:
-        raise _uneven(tp, "intermediate_size", spec.intermediate_size)
-    moe = spec.moe
-    if moe is None:
-        return
-    if moe.shared_intermediate_size % tp:
-        raise _uneven(tp, "the shared experts' intermediate size", moe.shared_intermediate_size)
-    over = layout.expert_group_size
-    size = moe.moe_intermediate_size
-    if layout.enable_expert_parallel or size % over == 0:
-        return
-    cut = f"moe_intermediate_size {size} is cut over dp * tp ranks"
-    if size % tp:
-        sizes = [n for n in _tensor_parallel_sizes(layout, spec) if size % n == 0]
-        raise InvalidConfig("tensor_parallel_size", tp, f"one of {_listed(sizes)} ({cut}), or enable_expert_parallel")
-    sizes = [n // tp for n in divisors(size) if n % tp == 0]
-    valid = f"one of {_listed(sizes)} at tensor_parallel_size {tp} ({cut}), or enable_expert_parallel"
-    raise InvalidConfig("data_parallel_size", layout.data_parallel_size, valid)
-
-
-def _uneven(tp: int, what: str, size: int) -> InvalidConfig:
-    valid = f"one of {_listed(divisors(size))}: {what} ({size}) is shared out evenly"
+    good = [other for n in range(1, max(tp, spec.num_heads) + 1) if (other := _resized(layout, spec, n, dp_attention))]
+    whole = [other for other in good if _most_data_parallel(other, spec) is None]
+    sizes = [other.tensor_parallel_size for other in whole or good]
+    valid = f"one of {_listed(sizes)}: {why}" if len(sizes) > 1 else f"{sizes[0]}: {why}"
+    if _would_do_whole(layout, spec):
+        valid += ", or enable_expert_parallel"
     return InvalidConfig("tensor_parallel_size", tp, valid)
 
 
-def _kv_fit(num_kv_heads: int, attn_tp: int) -> bool:
-    return num_kv_heads % attn_tp == 0 or attn_tp % num_kv_heads == 0
+def _resized(layout: Layout, spec: ModelSpec, tp: int, dp_attention: bool) -> Layout | None:
+    """``layout`` with ``tp`` ranks per stage; None when ``spec`` cannot be cut by that many."""
+    attn_dp = attention_replicas(tp, spec.num_kv_heads) if dp_attention else 1
+    if tp % attn_dp:
+        return None
+    other = msgspec.structs.replace(layout, tensor_parallel_size=tp, attention_data_parallel_size=attn_dp)
+    return None if _why_no_tensor_parallel(other, spec) else other
+
+
+def _why_no_tensor_parallel(layout: Layout, spec: ModelSpec) -> str | None:
+    """Why ``spec`` cannot be cut by the tp of ``layout``, whatever its dp is; None when it can."""
+    tp, attn_tp, moe = layout.tensor_parallel_size, layout.attn_tp_size, spec.moe
+    wide = f" within each of {layout.attention_data_parallel_size} attention replicas" if attn_tp < tp else ""
+    if spec.num_heads % attn_tp:
+        return f"{spec.num_heads} attention heads are shared out evenly{wide}"
+    if spec.num_kv_heads % attn_tp and attn_tp % spec.num_kv_heads:
+        return f"a divisor or a multiple of {spec.num_kv_heads} KV heads{wide}"
+    dense = any(layer not in spec.moe_layers for layer in range(spec.num_layers))
+    if dense and spec.intermediate_size % tp:
+        return f"intermediate_size ({spec.intermediate_size}) is shared out evenly"
+    if moe is None:
+        return None
+    if moe.shared_intermediate_size % tp:
+        return f"the shared experts' intermediate size ({moe.shared_intermediate_size}) is shared out evenly"
+    if layout.enable_expert_parallel:
+        return f"each rank needs one of {moe.num_experts} experts" if tp > moe.num_experts else None
+    if moe.moe_intermediate_size % tp:
+        return f"moe_intermediate_size ({moe.moe_intermediate_size}) is cut over dp * tp ranks"
+    return None
+
+
+def _would_do_whole(layout: Layout, spec: ModelSpec) -> bool:
+    """Whether whole experts (EP on) can be laid out as sharded ones (EP off) cannot."""
+    if not spec.is_moe or layout.enable_expert_parallel:
+        return False
+    other = msgspec.structs.replace(layout, enable_expert_parallel=True)
+    return _why_no_tensor_parallel(other, spec) is None and _most_data_parallel(other, spec) is None
+
+
+def _most_data_parallel(layout: Layout, spec: ModelSpec) -> str | None:
+    """The dp that the experts of ``spec`` allow at the tp of ``layout``; None when its own is one of them."""
+    tp, moe = layout.tensor_parallel_size, spec.moe
+    if moe is None:
+        return None
+    if layout.enable_expert_parallel:
+        most = moe.num_experts // tp
+        if layout.data_parallel_size <= most:
+            return None
+        sizes = f"1 to {most}" if most > 1 else "1"
+        return f"{sizes} at tensor_parallel_size {tp} (each rank needs one of {moe.num_experts} experts)"
+    size = moe.moe_intermediate_size
+    if size % layout.expert_group_size == 0:
+        return None
+    sizes = _listed([n // tp for n in divisors(size) if n % tp == 0])
+    return f"one of {sizes} at tensor_parallel_size {tp} (moe_intermediate_size {size} is cut over dp * tp ranks)"
+
+
+def _check_data_parallel(layout: Layout, spec: ModelSpec) -> None:
+    valid = _most_data_parallel(layout, spec)
+    if valid is None:
+        return
+    if _would_do_whole(layout, spec):
+        valid += ", or enable_expert_parallel"
+    raise InvalidConfig("data_parallel_size", layout.data_parallel_size, valid)
 
 
 def divisors(number: int) -> list[int]:

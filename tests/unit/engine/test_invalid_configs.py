@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from drumline.engine.config import CacheConfig, EngineConfig, FaultConfig, ParallelConfig, SchedulerConfig
+from drumline.engine.known_models import known_spec
 from drumline.engine.parallel_config import NOT_YET
+from drumline.engine.parallel_layout import parallel_layout
 from drumline.engine.resolve import model_folder, resolve
 from drumline.protocol.errors import InvalidConfig
+from drumline.protocol.modelspec import ModelSpec
 
 _PARTS: dict[str, type] = {
     name: cls for cls in (ParallelConfig, CacheConfig, SchedulerConfig, FaultConfig) for name in cls.__struct_fields__
@@ -189,6 +195,42 @@ def names_field_and_repair(error: InvalidConfig, case: Case) -> None:
     assert case.field in error.text
     assert error.info.found
     assert str(case.repair) in error.info.valid
+
+
+SPECS = {
+    "few channels": replace(known_spec("llama-3-8b"), num_heads=12, num_kv_heads=4, intermediate_size=90),
+    "odd channels": known_spec("qwen2.5-7b"),
+    "few experts": known_spec("mixtral-8x7b"),
+    "narrow experts": known_spec("qwen3-30b-a3b"),
+    "latent": known_spec("deepseek-v2-lite"),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_size_that_a_message_offers_is_one_that_the_model_can_have(name: str) -> None:
+    refused = 0
+    for tp, dp, ep, attention in product((2, 3, 5, 6, 7, 8, 12, 24, 64), (1, 3, 8), (False, True), (False, True)):
+        sizes = ParallelConfig(
+            tensor_parallel_size=tp, data_parallel_size=dp, enable_expert_parallel=ep, enable_dp_attention=attention
+        )
+        error = refusal(sizes, SPECS[name])
+        if error is None or error.field == "enable_expert_parallel":
+            continue
+        refused += 1
+        offered = re.match(r"one of ([0-9, ]+)|1 to ([0-9]+)|([0-9]+)", error.info.valid)
+        assert offered, error
+        for size in re.findall("[0-9]+", offered[0]):
+            again = refusal(replace(sizes, **{error.field: int(size)}), SPECS[name])
+            assert again is None or again.field != error.field, f"{error}; but then {again}"
+    assert refused > 5
+
+
+def refusal(sizes: ParallelConfig, spec: ModelSpec) -> InvalidConfig | None:
+    try:
+        parallel_layout(sizes, spec)
+    except InvalidConfig as error:
+        return error
+    return None
 
 
 def test_there_are_forty_cases_at_least_and_no_two_alike() -> None:

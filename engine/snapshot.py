@@ -23,17 +23,19 @@ if TYPE_CHECKING:
 def engine_status(engine: Coordinator, late_replies: int, now: float) -> EngineStatus:
     """The state of ``engine`` at ``now``. Before it is ready there are ranks, but no groups and replicas."""
     core = engine.core
+    replicas = tuple(core.replica_status()) if core is not None else ()
     return EngineStatus(
         state=engine.state.value,
         term=engine.order.term,
         supervisor=SupervisorStatus(engine.workers.membership.supervisor_pid),
         coordinator=CoordinatorStatus(os.getpid(), engine.incarnation),
         groups=tuple(core.group_status()) if core is not None else (),
-        replicas=tuple(core.replica_status()) if core is not None else (),
+        replicas=replicas,
         ranks=_ranks(engine, now),
         requests=core.request_counts() if core is not None else RequestCounts(),
         counters=_counters(engine, late_replies),
         journal="off",
+        kv_blocks=min((replica.blocks_total for replica in replicas), default=0),
     )
 
 

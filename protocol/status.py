@@ -85,7 +85,8 @@ class RequestCounts(Shown, frozen=True, gc=False):
 
 class EngineStatus(Shown, frozen=True, gc=False):
     """``state``: starting, ready, closing or failed. ``counters`` holds every count by name: scheduling (steps,
-    preemptions, ...), sockets (``client_frames_malformed``, ...) and stale or foreign messages. ``journal``: "off"."""
+    preemptions, ...), sockets (``client_frames_malformed``, ...) and stale or foreign messages. ``journal``: "off".
+    ``kv_blocks``: of the replica with fewest, which bounds what every request may need; 0 until it is ready."""
 
     state: str
     term: int
@@ -97,3 +98,4 @@ class EngineStatus(Shown, frozen=True, gc=False):
     requests: RequestCounts
     counters: dict[str, int]
     journal: str
+    kv_blocks: int = 0

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from drumline.engine.commands.parallel_options import PARALLEL_FIELDS, PARALLEL_OPTIONS
+from drumline.engine.commands.parallel_options import PARALLEL_FIELDS, PARALLEL_OPTIONS, refuse_not_yet
 from drumline.engine.config import DTYPES, CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -67,7 +67,7 @@ def engine_options(command: F) -> F:
     """Adds the flags to a command, which gets them as keyword arguments; what was not given is None."""
     for option in reversed(_OPTIONS):
         command = option(command)
-    return command
+    return refuse_not_yet(command)
 
 
 def engine_config(flags: dict[str, Any], seed: int | None) -> EngineConfig:

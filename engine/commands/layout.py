@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from drumline.engine.commands.parallel_options import SIZE_FIELDS, SIZE_OPTIONS
+from drumline.engine.commands.parallel_options import SIZE_FIELDS, SIZE_OPTIONS, refuse_not_yet
 from drumline.engine.commands.running import one_line
 from drumline.engine.config import DTYPES, CacheConfig, EngineConfig, ParallelConfig
 from drumline.engine.layout_report.explain import Topic, explain
@@ -25,7 +25,7 @@ _ONE_OF = ", ".join(DTYPES)
 def _size_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(SIZE_OPTIONS):
         command = option(command)
-    return command
+    return refuse_not_yet(command)
 
 
 @click.command()

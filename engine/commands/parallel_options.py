@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import click
 
 from drumline.engine.config import ALL2ALL_BACKENDS, EXECUTOR_BACKENDS, PLACEMENT_STRATEGIES, ParallelConfig
+from drumline.protocol.errors import InvalidConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _layers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -20,6 +26,26 @@ def _layers(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 
 def _choices(names: tuple[str, ...]) -> str:
     return ", ".join(names[:-1]) + " or " + names[-1]
+
+
+def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """What the settings say of a field of vLLM's that is not there yet."""
+    if value is None or param.name is None:
+        return
+    try:
+        ParallelConfig(**{param.name: value})
+    except InvalidConfig as error:
+        raise click.UsageError(error.text, ctx) from None
+
+
+def refuse_not_yet(command: F) -> F:
+    """Adds the flags of :data:`ParallelConfig.not_yet`, with a value or without: each is refused by name."""
+    for name in ParallelConfig.not_yet:
+        flag = f"--{name.replace('_', '-')}"
+        command = click.option(
+            flag, is_flag=False, flag_value="True", hidden=True, expose_value=False, callback=_refuse
+        )(command)
+    return command
 
 
 SIZE_OPTIONS = [

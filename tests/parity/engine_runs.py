@@ -19,6 +19,7 @@ from drumline.engine import (
     SchedulerConfig,
 )
 from drumline.protocol.status import EngineStatus
+from tests.parity.oracle import Oracle
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 40, 47, 48, 49, 64, 65, 90, 120)
 NEW_TOKENS = 64
@@ -86,3 +87,14 @@ async def run_engine(
             )
         )
         return answers, await engine.status()
+
+
+def logprob_error(oracle: Oracle, one: Answer) -> float:
+    """Largest error of the returned log probabilities, relative to the largest expected one."""
+    expected = oracle.logits(one.prompt + one.tokens)[len(one.prompt) - 1 : -1].log_softmax(-1)
+    worst = 0.0
+    for at, entries in enumerate(one.logprobs):
+        scale = float(expected[at].abs().max())
+        for token, entry in entries.items():
+            worst = max(worst, abs(entry.logprob - float(expected[at, token])) / scale)
+    return worst

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ class Oracle:
             return Verdict(-1, 0.0)
         at = int(wrong[0])
         return Verdict(at, float(logits[at].max() - logits[at, ours[at]]))
+
+
+@cache
+def oracle_of(folder: Path) -> Oracle:
+    """The oracle of a checkpoint, loaded once."""
+    return Oracle(folder)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

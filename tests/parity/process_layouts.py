@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from drumline.engine import SamplingParams
@@ -13,20 +12,15 @@ from drumline.engine.layout_report.ranks import rank_reports
 from drumline.engine.resolve import resolve
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.status import EngineStatus
-from tests.parity.engine_runs import Answer, mixed_prompts, run_engine, scarce_config
+from tests.parity.engine_runs import logprob_error, mixed_prompts, run_engine, scarce_config
 from tests.parity.layout_cases import Case
-from tests.parity.oracle import Oracle
+from tests.parity.oracle import oracle_of
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 40, 48, 49, 65, 90, 120)
 NEW_TOKENS = 48
 TOP = 20
 TOLERANCE = 1e-4
 BYTES_TOLERANCE = 0.01
-
-
-@cache
-def oracle_of(folder: Path) -> Oracle:
-    return Oracle(folder)
 
 
 @dataclass(frozen=True)
@@ -88,14 +82,3 @@ def bytes_off(config: EngineConfig, status: EngineStatus) -> float:
     assert [rank.rank for rank in status.ranks] == [one.rank for one in said]
     pairs = zip(status.ranks, said, strict=True)
     return max(abs(rank.weight_bytes - one.total_weight_bytes) / one.total_weight_bytes for rank, one in pairs)
-
-
-def logprob_error(oracle: Oracle, one: Answer) -> float:
-    """Largest error of the returned log probabilities, relative to the largest expected one."""
-    expected = oracle.logits(one.prompt + one.tokens)[len(one.prompt) - 1 : -1].log_softmax(-1)
-    worst = 0.0
-    for at, entries in enumerate(one.logprobs):
-        scale = float(expected[at].abs().max())
-        for token, entry in entries.items():
-            worst = max(worst, abs(entry.logprob - float(expected[at, token])) / scale)
-    return worst

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,16 @@ from drumline.engine import AsyncEngine, ParallelConfig, SamplingParams
 from drumline.protocol.modelspec import ModelSpec
 from drumline.workers.noise import gumbel_noise
 from tests.checkpoints import VOCAB_SIZE, Checkpoints
-from tests.parity.engine_runs import NEW_TOKENS, Answer, answer, mixed_prompts, run_engine, scarce_config
-from tests.parity.oracle import Oracle, Verdict
+from tests.parity.engine_runs import (
+    NEW_TOKENS,
+    Answer,
+    answer,
+    logprob_error,
+    mixed_prompts,
+    run_engine,
+    scarce_config,
+)
+from tests.parity.oracle import Oracle, Verdict, oracle_of
 
 TOLERANCE = 1e-4
 # One stream in 500 may part at a tie; a run of 16 may hold that one.
@@ -46,24 +53,8 @@ def replicas(dp: int, *, moe: bool = True, strategy: str = "linear") -> Parallel
     )
 
 
-@cache
-def oracle_of(folder: Path) -> Oracle:
-    return Oracle(folder)
-
-
 def folder_of(name: str, checkpoints: Checkpoints) -> Path:
     return DEMO if name == "demo" else checkpoints(name)
-
-
-def logprob_error(oracle: Oracle, one: Answer) -> float:
-    """Largest error of the returned log probabilities, relative to the largest expected one."""
-    expected = oracle.logits(one.prompt + one.tokens)[len(one.prompt) - 1 : -1].log_softmax(-1)
-    worst = 0.0
-    for at, entries in enumerate(one.logprobs):
-        scale = float(expected[at].abs().max())
-        for token, entry in entries.items():
-            worst = max(worst, abs(entry.logprob - float(expected[at, token])) / scale)
-    return worst
 
 
 @pytest.mark.parametrize(("name", "dp", "strategy"), LAYOUTS)

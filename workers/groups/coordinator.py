@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from drumline.protocol.errors import ProtocolError
+from drumline.protocol.objects import decode_object, encode_object
 from drumline.workers.abort import AbortFlag
 from drumline.workers.groups import arguments, packed
 from drumline.workers.groups.forming import meet
@@ -159,7 +160,7 @@ class GroupCoordinator(GroupMember):
         """
         position = self._position_of("src", src)
         if position == self.position:
-            parts = packed.cut(packed.encode(obj))
+            parts = packed.cut(encode_object(obj))
             with self._watch:
                 for part in parts:
                     self._cpu_ops.broadcast(part, position)
@@ -170,7 +171,7 @@ class GroupCoordinator(GroupMember):
             rest = torch.empty(packed.rest_of(head), dtype=torch.uint8)
             if len(rest):
                 self._cpu_ops.broadcast(rest, position)
-        return packed.decode(packed.join(head, rest), as_type)
+        return decode_object(packed.join(head, rest), as_type)
 
     def barrier(self, timeout_s: float) -> None:
         """Return when all ranks have called this. The GroupTimeout after ``timeout_s`` names those that have not."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from drumline.protocol.errors import ProtocolError
+from drumline.protocol.objects import MAX_OBJECT_BYTES
 
 HEAD_BYTES = 1024
-MAX_OBJECT_BYTES = 8 << 20
 _LENGTH_BYTES = 8
 _ROOM = HEAD_BYTES - _LENGTH_BYTES
 _ALIGNMENT = 64
@@ -53,25 +53,6 @@ class DictHead(msgspec.Struct, array_like=True, frozen=True):
     names: list[str]
     tensors: list[TensorHead]
     values: dict[str, Any]
-
-
-def encode(value: Any) -> bytes:
-    """Raises ProtocolError for what msgspec's msgpack does not carry, and above ``MAX_OBJECT_BYTES``."""
-    try:
-        raw = msgspec.msgpack.encode(value)
-    except (TypeError, OverflowError, msgspec.MsgspecError) as error:
-        raise ProtocolError(f"an object for a group that does not encode: {error}") from error
-    if len(raw) > MAX_OBJECT_BYTES:
-        raise ProtocolError(f"an object of {len(raw)} bytes for a group; the limit is {MAX_OBJECT_BYTES}")
-    return raw
-
-
-def decode(raw: bytes, as_type: Any) -> Any:
-    """Raises ProtocolError for what is no ``as_type``."""
-    try:
-        return msgspec.msgpack.decode(raw, type=as_type)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise ProtocolError(f"an object of a group that does not decode: {error}") from error
 
 
 def cut(raw: bytes) -> list[Tensor]:

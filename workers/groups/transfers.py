@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from drumline.protocol.errors import ProtocolError
+from drumline.protocol.objects import decode_object, encode_object
 from drumline.workers.groups import packed
 from drumline.workers.groups.nccl_ops import NcclOps
 from drumline.workers.groups.outboxes import Outboxes
@@ -48,7 +49,7 @@ class Transfers:
     def send_tensor_dict(self, tensors: Mapping[str, Any], peer: int) -> None:
         """Send tensors and what msgspec's msgpack carries, by name; returns when all of it may be changed again."""
         head = packed.describe(tensors)
-        parts = packed.cut(packed.encode(head))
+        parts = packed.cut(encode_object(head))
         found = [tensors[one.name] for one in head.tensors]
         on_cpu = [tensor for tensor in found if not tensor.is_cuda]
         if on_cpu:
@@ -61,7 +62,7 @@ class Transfers:
     def recv_tensor_dict(self, peer: int, device: torch.device) -> dict[str, Any]:
         """What :meth:`send_tensor_dict` sent. Tensors lie where they lay on the sender: on the CPU or on ``device``."""
         raw = self._recv_object(peer)
-        head = packed.decode(raw, packed.DictHead)
+        head = decode_object(raw, packed.DictHead)
         on_cpu = [one for one in head.tensors if not one.cuda]
         found: dict[str, Any] = dict(head.values)
         length = packed.packed_bytes(on_cpu)

@@ -200,7 +200,7 @@ def test_a_reader_that_leaves_ends_the_command_without_a_word_of_python(temporar
         (["--prompt", "x", "--model", "/nowhere"], 1, "InvalidConfig: model: found /nowhere"),
         (["--prompt", "x", "--max-tokens", "-1"], 1, "InvalidRequest: max_tokens: found -1"),
         (["--prompt", "x", "-dp", "0"], 1, "InvalidConfig: data_parallel_size: found 0"),
-        (["--prompt", "x", "-tp", "2"], 1, "tensor_parallel_size: found 2"),
+        (["--prompt", "x", "-tp", "3"], 1, "InvalidConfig: tensor_parallel_size: found 3"),
         ([], 2, "--prompt"),
         (["--prompt", "x", "--input-file", "/dev/null"], 2, "--input-file"),
         (["--prompt", "x", "--max-tokens", "many"], 2, "--max-tokens"),

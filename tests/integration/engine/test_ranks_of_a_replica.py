@@ -100,6 +100,7 @@ async def test_a_replica_has_the_blocks_of_its_smallest_rank_and_the_status_tell
         welcome = await client.welcome()
         status = await client.status()
         assert [replica.blocks_total for replica in status.replicas] == [40, 70]
+        assert status.kv_blocks == 40
         assert {rank.rank: rank.kv_blocks for rank in status.ranks} == blocks
         assert {rank.weight_bytes for rank in status.ranks} == {1000}
         assert welcome.info.max_prompt_tokens == 40 * welcome.info.block_size - 1

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed
 
 from drumline.protocol.errors import ProtocolError
 from drumline.workers.groups import GroupPlace, gloo_ops, shared_ops, sharing
 from drumline.workers.groups.forming import meet
 from drumline.workers.groups.nccl_ops import NcclOps
 from drumline.workers.groups.watch import Watch
+from tests import default_group
 from tests.integration.workers.group_checks import check_all, expect_same, made_by, sum_in_order
 
 if TYPE_CHECKING:
@@ -127,19 +127,11 @@ def eight_processes(rank: Rank) -> str:
 
 
 def without_a_default_group(rank: Rank) -> str:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("torch's default process group was asked for")
-
-    world = distributed.distributed_c10d
-    for name in ("init_process_group", "new_group", "_get_default_group", "_get_default_store", "_get_group_size"):
-        assert hasattr(world, name)
-        setattr(world, name, refuse)
-        if hasattr(distributed, name):
-            setattr(distributed, name, refuse)
+    default_group.shut()
     group = rank.form_among("mine", tuple(range(rank.world)), connect=True)
     check_all(group, (2,), (torch.float32,))
     group.close()
-    assert not distributed.is_initialized()
+    assert default_group.is_shut()
     return "equal"
 
 

@@ -109,5 +109,5 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_sent(run_ranks
         "output: found shape [2, 3], splits [0, 0, 0]; valid: contiguous rows, 3 splits that add up to them",
         "dst: found this rank, 0; valid: 1, 2 of group experts",
         "connect: found False for group experts; valid: True, for messages of two ranks",
-        "an object for a group that does not encode: Encoding objects of type object is unsupported",
+        "an object that a group does not carry: Encoding objects of type object is unsupported",
     ]

@@ -8,6 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from drumline.engine.cli import main
 from drumline.engine.commands.engine_options import ENGINE_OPTIONS, engine_config, engine_options
 from drumline.engine.commands.parallel_options import describe_sizes
 from drumline.engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
@@ -114,3 +115,14 @@ def test_a_partition_that_is_no_list_of_numbers_is_wrong_usage() -> None:
 )
 def test_the_start_line_says_what_is_more_than_one(sizes: dict[str, Any], text: str) -> None:
     assert describe_sizes(ParallelConfig(**sizes)) == text
+
+
+@pytest.mark.parametrize("command", ["generate", "layout"])
+@pytest.mark.parametrize("name", sorted(ParallelConfig.not_yet))
+def test_a_flag_of_vllms_that_is_not_there_yet_is_refused_by_name(name: str, command: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    for arguments in ([flag], [flag, "4"]):
+        done = CliRunner().invoke(main, [command, "--model", "demo", *arguments])
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert f"{name} is not in this version; {ParallelConfig.not_yet[name]}" in done.stderr
+    assert flag not in CliRunner().invoke(main, [command, "--help"]).stdout

@@ -9,8 +9,9 @@ import pytest
 from drumline.engine.config import CacheConfig
 from drumline.engine.layout_report.question import parse_bytes
 from drumline.protocol.errors import InvalidConfig
+from tests.unit.specs import DENSE
 
-from .worlds import DENSE, LATENT, MOE, question, report_on
+from .worlds import LATENT, MOE, question, report_on
 
 
 @pytest.mark.parametrize("model", ["llama-3-70b", "deepseek-v3"])

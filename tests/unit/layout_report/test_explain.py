@@ -7,8 +7,9 @@ from typing import Any
 from drumline.engine.layout_report.explain import explain
 from drumline.engine.layout_report.report import report
 from drumline.protocol.modelspec import ModelSpec
+from tests.unit.specs import DENSE
 
-from .worlds import DENSE, LATENT, MOE, question
+from .worlds import LATENT, MOE, question
 
 
 def told(model: ModelSpec | str, **options: Any) -> dict[str, str]:

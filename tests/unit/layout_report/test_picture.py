@@ -16,8 +16,9 @@ from drumline.engine.layout_report.report import report
 from drumline.engine.layout_report.svg import svg_picture
 from drumline.engine.layout_report.svg_canvas import fitted, text_width, wrapped
 from drumline.protocol.modelspec import ModelSpec
+from tests.unit.specs import DENSE
 
-from .worlds import DENSE, LATENT, MOE, WORLD, question, report_on
+from .worlds import LATENT, MOE, WORLD, question, report_on
 
 SVG = "{http://www.w3.org/2000/svg}"
 DOCS_PICTURE = Path(__file__).parents[3] / "docs" / "layout-deepseek-v3.svg"

@@ -10,8 +10,9 @@ from drumline.engine.layout_report.ranks import rank_reports
 from drumline.engine.layout_report.report import report
 from drumline.protocol.layout import Layout
 from drumline.protocol.placement import initial_placement
+from tests.unit.specs import DENSE
 
-from .worlds import DENSE, LATENT, MOE, WORLD, question, report_on
+from .worlds import LATENT, MOE, WORLD, question, report_on
 
 
 def test_groups_of_two_by_two_by_two() -> None:

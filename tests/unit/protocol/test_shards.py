@@ -5,7 +5,6 @@ import pytest
 
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.layout import Layout
-from drumline.protocol.modelspec import ModelSpec, MoeSpec, RopeScaling
 from drumline.protocol.padding import gather_plan, slice_counts
 from drumline.protocol.placement import PlacementMaps, initial_placement
 from drumline.protocol.shards import (
@@ -17,28 +16,10 @@ from drumline.protocol.shards import (
     rank_shards,
     split,
 )
+from tests.unit.specs import DENSE, EXPERTS
 
-MOE = MoeSpec(num_experts=33, top_k=2, moe_intermediate_size=24, norm_topk_prob=True, layers=tuple(range(1, 30)))
-SPEC = ModelSpec(
-    architecture="Qwen3MoeForCausalLM",
-    num_layers=30,
-    hidden_size=64,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=16,
-    intermediate_size=96,
-    vocab_size=250,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=RopeScaling(),
-    tie_word_embeddings=False,
-    attention_bias=False,
-    qk_norm=True,
-    max_position_embeddings=128,
-    eos_token_ids=(),
-    bos_token_id=-1,
-    dtype="float32",
-    moe=MOE,
+SPEC = msgspec.structs.replace(
+    DENSE, architecture="Qwen3MoeForCausalLM", num_kv_heads=4, qk_norm=True, dtype="float32", moe=EXPERTS
 )
 
 

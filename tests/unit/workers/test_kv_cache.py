@@ -8,9 +8,11 @@ from unittest import mock
 import pytest
 import torch
 
+from drumline.engine.layout_report.ranks import rank_reports
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.layout import Layout
 from drumline.protocol.modelspec import ModelSpec
+from drumline.protocol.placement import initial_placement
 from drumline.protocol.shards import rank_shards
 from drumline.workers import kv_cache
 from drumline.workers.kv_cache import KVCache, block_bytes, choose_num_blocks, free_memory, kv_dtype
@@ -35,6 +37,21 @@ def blocks(spec: ModelSpec, checkpoints: Checkpoints, **changes: Any) -> int:
 
 def test_a_block_counts_keys_values_and_token_ids(spec: ModelSpec) -> None:
     assert block_bytes(spec, rank_shards(Layout(), spec, 0), 8, torch.float32) == 8 * TOKEN_BYTES
+
+
+@pytest.mark.parametrize("name", ["llama-kv2", "qwen3-moe-wide", "deepseek-v3-wide"])
+def test_every_rank_of_a_layout_holds_the_kv_bytes_per_token_that_are_told(name: str, checkpoints: Checkpoints) -> None:
+    spec = ModelSpec.from_folder(checkpoints(name))
+    for layout in (
+        Layout(tensor_parallel_size=2, pipeline_parallel_size=3),
+        Layout(tensor_parallel_size=4),
+        Layout(tensor_parallel_size=4, attention_data_parallel_size=2),
+    ):
+        placement = initial_placement(len(spec.moe_layers), spec.num_experts, layout.ep_size, "linear")
+        for told in rank_reports(layout, spec, placement if spec.is_moe else None, "float32", "bfloat16"):
+            cache = KVCache(spec, rank_shards(layout, spec, told.rank), 3, 8, torch.bfloat16, CPU)
+            parts = [part for part in (*cache.keys, *cache.values) if part is not None]
+            assert sum(part.nbytes for part in parts) == 3 * 8 * told.kv_bytes_per_token
 
 
 def test_by_default_every_row_can_reach_the_longest_length(spec: ModelSpec, checkpoints: Checkpoints) -> None:

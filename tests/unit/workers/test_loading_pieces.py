@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import shutil
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from drumline.protocol.checkpoint import CheckpointIndex
+from drumline.protocol.checkpoint import CheckpointIndex, TensorEntry
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.layout import Layout
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.shards import rank_shards
-from drumline.protocol.weights import ModelWeights, Piece
+from drumline.protocol.weights import ModelWeights, Piece, Weight
 from drumline.workers.loading import LoadPlan, load_weights
 from drumline.workers.models import Decoder
 from tests.checkpoints import Checkpoints
+from tests.unit.specs import DENSE
 from tests.unit.workers.pieces import empty_model
 
 TP2, TP4 = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 4}
@@ -142,13 +146,43 @@ def _read_by_this_thread() -> int:
 def test_rows_of_other_ranks_are_not_read(checkpoints: Checkpoints) -> None:
     folder, layout = checkpoints("llama-wide"), Layout(tensor_parallel_size=4)
     index, model = CheckpointIndex.open(folder), empty_model(folder, layout, 2)
-    # Slices of columns are mapped, which this counter does not see.
+    # Slices of columns are mapped, which this counter does not see; the next test does.
     plan = LoadPlan(model.plan.weights)
     plan.targets = {name: to for name, to in model.plan.targets.items() if "o_proj" not in name and "down" not in name}
     before = _read_by_this_thread()
     told = load_weights(plan, index)
     assert told <= _read_by_this_thread() - before < told + 1000
     assert told < 0.3 * index.total_bytes
+
+
+def _pages_read(path: Path) -> int:
+    """How many pages of the file the system has in memory."""
+    size = path.stat().st_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        seen = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        view = np.frombuffer(mapped, dtype=np.uint8)
+        done = ctypes.CDLL(None).mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size), seen)
+        del view
+    assert done == 0
+    return sum(flags & 1 for flags in seen)
+
+
+def test_columns_of_other_ranks_are_not_read(tmp_path: Path) -> None:
+    # Nothing but a length on the disk: a page is in memory once it has been read, and no other way.
+    rows, columns, share = 64, 1 << 17, 1 << 10
+    path = tmp_path / "columns"
+    with path.open("wb") as file:
+        file.truncate(rows * columns * 4)
+    assert _pages_read(path) == 0
+    piece = Piece(Weight("w", "mlp", (rows, columns), (None, None)), ((0, rows), (share, 2 * share)))
+    target = torch.full((rows, share), float("nan"))
+    plan = LoadPlan(ModelWeights(DENSE))
+    plan.targets["w"] = [(target, piece)]
+    plan.weights.by_name["w"] = piece.weight
+    entry = TensorEntry("w", str(path), "F32", (rows, columns), 0, rows * columns * 4)
+    assert load_weights(plan, CheckpointIndex(tmp_path, {"w": entry})) == target.nbytes
+    assert not bool(target.any())
+    assert _pages_read(path) <= 2 * target.nbytes // mmap.PAGESIZE
 
 
 @pytest.mark.parametrize("cut", ["o_proj", "down_proj"])

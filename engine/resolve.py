@@ -213,6 +213,8 @@ def _tokenizer(config: EngineConfig, folder: Path) -> Path | None:
             path = path / "tokenizer.json"
     valid = f"a tokenizer.json of at most {MAX_TOKENIZER_BYTES} bytes, or a folder that holds one"
     try:
+        if path.exists() and not path.is_file():
+            raise InvalidConfig("tokenizer", f"{path}, no regular file", valid)
         size = path.stat().st_size
         if size > MAX_TOKENIZER_BYTES:
             raise InvalidConfig("tokenizer", f"{path} of {size} bytes", valid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ MAX_CONFIG_BYTES = 16 << 20
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file at ``path``, at most ``MAX_CONFIG_BYTES``. Raises InvalidConfig for anything else."""
     try:
-        size = path.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise InvalidConfig(str(path), f"{size} bytes", f"at most {MAX_CONFIG_BYTES} bytes of JSON")
+        found = path.stat()
+        # A pipe would be waited for, and a device may never end.
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise InvalidConfig(str(path), "a pipe, a device or a socket", "a regular file")
+        if found.st_size > MAX_CONFIG_BYTES:
+            raise InvalidConfig(str(path), f"{found.st_size} bytes", f"at most {MAX_CONFIG_BYTES} bytes of JSON")
         raw = path.read_bytes()
     except FileNotFoundError:
         raise InvalidConfig("model", f"no {path.name} in {path.parent}", f"a folder with {path.name}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -79,6 +80,12 @@ def test_a_folder_without_config_is_refused(folder: Path) -> None:
 def test_a_config_that_is_not_json_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     assert "JSON" in refusal(EngineConfig(str(folder))).text
+
+
+def test_a_pipe_in_place_of_a_tokenizer_is_refused_and_not_waited_for(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    os.mkfifo(folder / "tokenizer.json")
+    assert "no regular file" in refusal(EngineConfig(str(folder))).text
 
 
 def test_an_unsupported_architecture_lists_the_supported_ones(folder: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,9 @@ def test_a_long_wrong_value_is_shown_shortened(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig) as caught:
         read(tmp_path, LLAMA | {"quantization_config": {"key": "x" * 10_000}})
     assert len(caught.value.text) < 1000
+
+
+def test_a_pipe_in_place_of_a_config_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InvalidConfig, match="a regular file"):
+        ModelSpec.from_folder(tmp_path)

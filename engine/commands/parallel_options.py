@@ -32,8 +32,9 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> No
     """What the settings say of a field of vLLM's that is not there yet."""
     if value is None or param.name is None:
         return
+    field: dict[str, Any] = {param.name: value}
     try:
-        ParallelConfig(**{param.name: value})
+        ParallelConfig(**field)
     except InvalidConfig as error:
         raise click.UsageError(error.text, ctx) from None
 

@@ -94,15 +94,22 @@ def _cut(report: LayoutReport) -> Topic:
         f"Expert parallel is off, so every expert is tensor-sharded over the dp {c.data_parallel_size} x tp "
         f"{c.tensor_parallel_size} = {over} ranks of its layer's stage: each rank holds "
         f"{_width(holder.expert_mlp):,} of {model.moe_intermediate_size:,} channels of all {model.num_experts} experts "
-        f"(rank {holder.rank}: {inclusive(holder.expert_mlp)}). With --enable-expert-parallel each would hold whole "
-        f"experts instead, {_share(model.num_experts, over)} of them per layer, in as many bytes. "
+        f"(rank {holder.rank}: {inclusive(holder.expert_mlp)}). {_instead(model.num_experts, over)} "
     )
     return Topic("Experts", text + _moe_layers(report))
 
 
-def _share(experts: int, over: int) -> str:
+def _instead(experts: int, over: int) -> str:
+    """What expert parallel would make of as many ranks."""
     share, more = divmod(experts, over)
-    return f"{share} or {share + 1}" if more else str(share)
+    if not share:
+        return (
+            f"--enable-expert-parallel is not possible with {over} ranks: each would need one of the {experts} experts."
+        )
+    whole = "With --enable-expert-parallel each would hold whole experts instead"
+    if more:
+        return f"{whole}, {share} or {share + 1} of them per layer, so that some ranks hold more bytes than others."
+    return f"{whole}, {share} of them per layer, in as many bytes."
 
 
 def shared(report: LayoutReport) -> Topic | None:

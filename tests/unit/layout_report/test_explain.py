@@ -50,8 +50,16 @@ def test_experts_without_expert_parallel() -> None:
     text = told(MOE, data_parallel_size=2, tensor_parallel_size=2)["Experts"]
     assert "tensor-sharded over the dp 2 x tp 2 = 4 ranks" in text
     assert "6 of 24 channels of all 33 experts" in text
-    assert "8 or 9 of them per layer" in text
+    assert "8 or 9 of them per layer, so that some ranks hold more bytes" in text
     assert "whole on the one rank" in told(MOE)["Experts"]
+    even = told("mixtral-8x7b", tensor_parallel_size=4)["Experts"]
+    assert "2 of them per layer, in as many bytes" in even
+
+
+def test_expert_parallel_is_not_offered_where_it_would_be_refused() -> None:
+    text = told("mixtral-8x7b", data_parallel_size=4, tensor_parallel_size=4)["Experts"]
+    assert "not possible with 16 ranks: each would need one of the 8 experts" in text
+    assert "0 or 1" not in text
 
 
 def test_kv_heads_that_are_too_few() -> None:

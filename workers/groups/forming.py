@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -78,6 +79,9 @@ def _connect_gloo(store: PrefixStore, place: GroupPlace, deadline_s: float) -> A
 
 
 def _connect_nccl(store: PrefixStore, place: GroupPlace, deadline_s: float) -> Any:
+    # Read when the group is made. Without it the wait for an operation that has failed returns as if all were well, and
+    # torch's own watchdog ends the process at the first error of a peer. Waits block nobody: see ``poll_slice``.
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
     nccl: Any = distributed.ProcessGroupNCCL
     torch.cuda.set_device(place.device)
     options = nccl.Options()

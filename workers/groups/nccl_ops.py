@@ -140,7 +140,8 @@ def _bury(remains: list[Any]) -> None:
 def poll_slice(work: Any) -> str | None:
     """None when ``work`` is done, "" when a slice of time has passed and it is not, else why it failed.
 
-    NCCL's own wait only orders streams, and a host that blocks on the stream cannot look at the abort flag.
+    A host that blocks in NCCL's own wait cannot look at the abort flag. An operation that has failed is completed too:
+    only the wait tells, which orders the streams and, with ``TORCH_NCCL_BLOCKING_WAIT``, raises.
     """
     end = time.monotonic() + SLICE_S
     while time.monotonic() < end:

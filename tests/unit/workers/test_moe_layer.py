@@ -149,6 +149,30 @@ def test_sharded_experts_give_what_whole_ones_give(dtype: torch.dtype, counts: l
         assert (found.float() - exact).norm() <= 2e-2 * exact.norm()
 
 
+@pytest.mark.parametrize("counts", [[3], [2, 1]])
+def test_partial_sums_of_sharded_experts_travel_in_float32(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    summed: list[torch.dtype] = []
+    all_reduce = ThreadMember.all_reduce
+
+    def recorded(member: ThreadMember, t: Tensor) -> Tensor:
+        summed.append(t.dtype)
+        return all_reduce(member, t)
+
+    monkeypatch.setattr(ThreadMember, "all_reduce", recorded)
+    tp = 2 // len(counts)
+    replicas = [ThreadGroup(range(first, first + tp)) for first in range(0, 2, tp)]
+
+    def rank(member: ThreadMember) -> torch.dtype:
+        replica, place = divmod(member.rank, tp)
+        layer = sharded_rank(member, replicas[replica].member(member.rank), member, torch.bfloat16)
+        layer.shared = None
+        step = StepTokens.of(counts, ReplicaPlace(replica, replica, attn_tp=tp, attn_tp_rank=place))
+        return layer(tokens_of(replica, counts[replica], torch.bfloat16), step).dtype
+
+    assert on_ranks(2, rank) == [torch.bfloat16] * 2
+    assert summed == [torch.float32] * 2
+
+
 def spread_layer(counts: list[int], tp: int, make: Exchange, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     """Outputs and load of each rank of a layer whose experts are spread over all of them."""
     ranks = len(counts) * tp

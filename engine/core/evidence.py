@@ -23,6 +23,8 @@ TAIL_CHARACTERS = 4000
 CONSEQUENCES = frozenset({"peer_lost", "group_timeout", "store", "epoch_aborted"})
 """Kinds of faults that tell of another rank: it went away, or did not come."""
 
+_OF_PEERS = frozenset({"peer_lost", "group_timeout"})
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -55,6 +57,13 @@ class Evidence:
         if self._first_at is None or self._decided:
             return None
         return self._first_at if self._certain else self._first_at + SETTLE_S
+
+    @property
+    def complainers(self) -> frozenset[int]:
+        """The ranks that miss another one, where nothing else is known of the loss; else none."""
+        if self._final is not None or self._deaths or any(one.kind not in _OF_PEERS for one in self._faults.values()):
+            return frozenset()
+        return frozenset(self._faults)
 
     def final(self, rank: int, error: ErrorInfo, now: float) -> None:
         """An error that nothing which may still arrive explains better."""

@@ -29,6 +29,7 @@ from drumline.engine.core.members import (
     ToOwner,
     ToPeer,
 )
+from drumline.engine.core.silent_rank import blame_silent_rank
 from drumline.engine.core.start_deadlines import overdue_rank, waiting_for
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
@@ -261,6 +262,8 @@ class Membership:
         if loss is None:
             return []
         if loss.rank in self.ranks:
+            group = self.groups[self.ranks[loss.rank].group]
+            loss = blame_silent_rank(loss, self._evidence.complainers, group, self.ranks)
             self._bury(self.ranks[loss.rank], loss.error.text)
         return [loss]
 

@@ -100,8 +100,9 @@ class SchedulerConfig(Settings, frozen=True):
 class FaultConfig(Settings, frozen=True):
     """When a rank counts as lost, in seconds.
 
-    ``step_deadline_s``: None means max(2, 10 times what recent steps took for as many tokens). ``start_deadline_s``:
-    longest time of a start in which a rank makes no progress (weights read, messages answered).
+    ``step_deadline_s``: None means max(2, 10 times what recent steps took for as many tokens); the first 8 steps of an
+    epoch may take 60 s, if that is more. ``start_deadline_s``: longest time of a start in which a rank makes no
+    progress (weights read, messages answered).
     """
 
     step_deadline_s: float | None = None

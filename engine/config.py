@@ -98,29 +98,41 @@ class SchedulerConfig(Settings, frozen=True):
 
 
 class FaultConfig(Settings, frozen=True):
-    """When a rank counts as lost, in seconds.
+    """When a rank counts as lost, and what is done about it. Times are in seconds.
 
-    ``step_deadline_s``: None means max(2, 10 times what recent steps took for as many tokens); the first 8 steps of an
-    epoch may take 60 s, if that is more. ``start_deadline_s``: longest time of a start in which a rank makes no
-    progress (weights read, messages answered).
+    ``step_deadline_s``: None means max(2, 10 times what recent steps took for as many tokens); a rank may ask for more
+    (its first steps). ``start_deadline_s``: longest time of a start in which a rank makes no progress (weights read,
+    messages answered). ``coordinator_lease_s``: how long ranks keep their weights without a coordinator.
+    ``restart_limit``: how often a rank is started again within 10 minutes. ``resume_window_s``: how long a request with
+    a client-chosen id goes on without its client. ``expert_growth_bytes``: how much more memory a rank may take for
+    experts of lost ranks; None: on CUDA 0, on CPU what one rank needs to hold all experts, within half the free memory.
     """
 
     step_deadline_s: float | None = None
     start_deadline_s: float = 120.0
+    coordinator_lease_s: float = 60.0
+    restart_limit: int = 5
+    resume_window_s: float = 60.0
+    expert_growth_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.step_deadline_s is not None:
             check_number("step_deadline_s", self.step_deadline_s, 0.0, 86400.0)
         check_number("start_deadline_s", self.start_deadline_s, 0.0, 86400.0)
+        check_number("coordinator_lease_s", self.coordinator_lease_s, 0.0, 86400.0)
+        check_whole("restart_limit", self.restart_limit, 0, 1000)
+        check_number("resume_window_s", self.resume_window_s, 0.0, 86400.0)
+        check_whole_or_none("expert_growth_bytes", self.expert_growth_bytes, 0, LARGEST_BYTES)
 
 
 class EngineConfig(Settings, frozen=True):
     """One engine. ``model`` is a Hugging Face folder or "demo", the model that comes with the package.
 
     ``tokenizer``: a folder or a tokenizer.json, when it is not the model's own. ``max_model_len``: None takes the
-    model's own. ``dtype``: "auto" is the checkpoint's, float32 for one in float16. ``journal``: None or "off".
-    ``endpoint``: None, the sockets lie in a private folder of the engine. ``inline`` runs the coordinator in the app's
-    event loop, not in a process of its own. ``fault_injection``: False.
+    model's own. ``dtype``: "auto" is the checkpoint's, float32 for one in float16. ``journal``: None keeps
+    it in the engine's private folder, "off" keeps none, else the path of the file. ``endpoint``: None, the sockets lie in a private folder of the engine. ``inline`` runs the coordinator in the app's
+    event loop, not in a process of its own. ``fault_injection``: ranks obey injected faults
+    (:mod:`drumline.engine.testing`).
     """
 
     model: str
@@ -154,13 +166,14 @@ class EngineConfig(Settings, frozen=True):
         check_struct("cache", self.cache, CacheConfig)
         check_struct("scheduler", self.scheduler, SchedulerConfig)
         check_struct("faults", self.faults, FaultConfig)
-        if self.journal is not None and self.journal != "off":
-            raise InvalidConfig("journal", self.journal, "None or 'off': this version keeps no journal")
+        if isinstance(self.journal, os.PathLike):
+            msgspec.structs.force_setattr(self, "journal", os.fsdecode(self.journal))
+        if self.journal is not None:
+            check_text("journal", self.journal)
         if self.endpoint is not None:
             raise InvalidConfig("endpoint", self.endpoint, "None: this version serves only the app that started it")
         check_boolean("inline", self.inline)
-        if self.fault_injection is not False:
-            raise InvalidConfig("fault_injection", self.fault_injection, "False: this version injects no faults")
+        check_boolean("fault_injection", self.fault_injection)
         if self.max_model_len is not None:
             check_chunked_prefill(self.scheduler, self.max_model_len)
 

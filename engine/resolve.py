@@ -167,6 +167,8 @@ def _worker_config(config: EngineConfig, folder: Path, max_model_len: int, layou
         # Sockets are on loopback, so that ranks started elsewhere share this machine's cores and memory too.
         local_ranks=layout.num_ranks,
         fault_injection=config.fault_injection,
+        # A coordinator in the app's own loop ends with the app: there is none to wait for.
+        coordinator_lease_s=0.0 if config.inline else config.faults.coordinator_lease_s,
         attention_data_parallel_size=layout.attention_data_parallel_size,
         pipeline_partition=layout.pipeline_partition,
         all2all_backend=parallel.all2all_backend,

@@ -31,6 +31,12 @@ F32: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 I32Matrix: TypeAlias = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 
 
+NO_NUMBERS: I32 = np.zeros(0, dtype=np.int32)
+NO_FETCHES: I32Matrix = np.zeros((0, 4), dtype=np.int32)
+for _array in (NO_NUMBERS, NO_FETCHES):
+    _array.setflags(write=False)
+
+
 class Part(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """A struct that travels inside messages."""
 
@@ -104,7 +110,8 @@ class WorkerConfig(Part, frozen=True):
     ``kv_cache_dtype``: auto is the model's. ``worker_cls``: auto, or module.Class. ``distributed_timeout_s``: deadline
     of a collective. ``max_parallel_loading_workers``: how many ranks of a host load at once, 0 for all, agreed on by
     lock files in ``runtime_dir``. The first rank that its host starts, ``first_local_rank``, takes device number
-    ``first_local_device``, the next ones those that follow.
+    ``first_local_device``, the next ones those that follow. ``coordinator_lease_s``: how long a rank that lost its
+    coordinator keeps its weights and waits for the next one; 0: not at all.
     """
 
     model: str
@@ -137,6 +144,7 @@ class WorkerConfig(Part, frozen=True):
     runtime_dir: str = ""
     first_local_rank: int = 0
     first_local_device: int = 0
+    coordinator_lease_s: float = 0.0
 
     @property
     def layout(self) -> Layout:
@@ -154,6 +162,25 @@ class WorkerConfig(Part, frozen=True):
 # ------------------------------------------------------------------------------------------- coordinator to worker
 
 
+class Injection(Part, frozen=True):
+    """A fault that a rank brings upon itself, once, when it comes to ``point``. Obeyed with ``fault_injection`` only.
+
+    ``kind``: kill (SIGKILL to itself), stop (SIGSTOP for ``seconds``, or for good at 0), exit (with status 1), raise (an
+    exception), nan (the logits of the first row), hang (the main thread, for good), slow (every step from then on takes
+    ``factor`` times as long, for ``seconds``). ``point``: now, loading, leave (coming out of the old epoch), regroup
+    (while an epoch forms), joining (the same, in the first epoch of a process), idle, step, prefill, decode. ``step``:
+    the first step of its epoch that it may happen in, -1 for any.
+    """
+
+    number: int
+    rank: int
+    kind: str
+    point: str = "now"
+    step: int = -1
+    seconds: float = 0.0
+    factor: float = 1.0
+
+
 class WelcomeWorker(Message, frozen=True, tag=1):
     """Answer to a worker's Hello. ``digest`` is that of ``config``; the worker computes its own, says it in Ready."""
 
@@ -161,6 +188,7 @@ class WelcomeWorker(Message, frozen=True, tag=1):
     term: int
     digest: str
     config: WorkerConfig
+    injections: tuple[Injection, ...] = ()
 
 
 class OpenStore(Message, frozen=True, tag=2):
@@ -174,7 +202,15 @@ class OpenStore(Message, frozen=True, tag=2):
 
 
 class Configure(Message, frozen=True, tag=3):
-    """Form an epoch. ``placement``: int32 (moe_layers, physical slots), the logical expert of each slot, or (0, 0)."""
+    """Form an epoch. ``placement``: int32 (moe_layers, physical slots), the logical expert of each slot, or (0, 0).
+
+    ``role``: compute or parked. ``members`` are the ranks that compute, ascending: whole engine replicas, which form a
+    layout of their own with so many of them; a rank's place among them is its rank in that layout. ``parked`` ranks
+    keep their weights and give copies of experts to others. ``slots``: int32 (ep ranks,), how many slots each ep rank
+    has; empty: shared out evenly. ``fetches``: int32 (n, 4), what is not in its slot yet: MoE layer, physical slot, the
+    rank (of the whole world) that has a copy or -1 for the checkpoint, and the copy's slot there, counted among that
+    rank's own. Ranks send and receive in this order. Every other slot keeps what it has.
+    """
 
     term: int
     epoch: int
@@ -183,6 +219,9 @@ class Configure(Message, frozen=True, tag=3):
     store_host: str
     store_port: int
     placement: I32Matrix
+    parked: tuple[Member, ...] = ()
+    slots: I32 = NO_NUMBERS
+    fetches: I32Matrix = NO_FETCHES
 
 
 class Step(Message, frozen=True, tag=4):
@@ -234,14 +273,41 @@ class Shutdown(Message, frozen=True, tag=6):
     reason: str = ""
 
 
-ToWorker = WelcomeWorker | OpenStore | Configure | Step | Call | Shutdown
+class Leave(Message, frozen=True, tag=7):
+    """Every epoch before this one is over: come out of it, whatever runs, and report with Left what is held."""
+
+    term: int
+    epoch: int
+
+
+class Load(Message, frozen=True, tag=8):
+    """Load the model. ``experts``: int32 (moe_layers, slots), the logical expert of each slot of this rank, or (0, 0)
+    where every rank has all experts. ``num_blocks``: KV blocks to allocate, 0: as many as the configuration says."""
+
+    term: int
+    experts: I32Matrix
+    num_blocks: int = 0
+
+
+class Inject(Message, frozen=True, tag=9):
+    """Faults that the rank brings upon itself from now on. ``injections`` replaces those that have not come yet."""
+
+    term: int
+    injections: tuple[Injection, ...]
+
+
+ToWorker = WelcomeWorker | OpenStore | Configure | Step | Call | Shutdown | Leave | Load | Inject
 
 
 # ------------------------------------------------------------------------------------------- worker to coordinator
 
 
 class HelloWorker(Message, frozen=True, tag=20):
-    """The first message of a rank. ``token`` is its launch token, ``incarnation`` a uuid drawn by the process."""
+    """The first message of a rank. ``token`` is its launch token, ``incarnation`` a uuid drawn by the process.
+
+    To a coordinator that follows another one also ``term`` and ``epoch``, the newest that it has seen, whether it has
+    ``loaded`` its weights, and the ``digest`` of the configuration that it has.
+    """
 
     version: int
     token: str
@@ -249,6 +315,10 @@ class HelloWorker(Message, frozen=True, tag=20):
     incarnation: str
     pid: int
     host: str
+    term: int = 0
+    epoch: int = 0
+    loaded: bool = False
+    digest: str = ""
 
 
 class StoreReady(Message, frozen=True, tag=21):
@@ -262,7 +332,7 @@ class StoreReady(Message, frozen=True, tag=21):
 
 
 class Ready(Message, frozen=True, tag=22):
-    """The model is loaded, the KV cache allocated, the epoch's groups formed. ``device``: cpu or cuda."""
+    """The experts are in place, the epoch's groups formed. ``device``: cpu or cuda."""
 
     term: int
     epoch: int
@@ -292,12 +362,15 @@ class StepDone(Message, frozen=True, tag=23):
 
 
 class Fault(Message, frozen=True, tag=24):
-    """Something failed on the rank; it has left the epoch and stays, unless ``error`` says that it could not load."""
+    """Something failed on the rank; it has left the epoch and stays, unless ``error`` says that it could not load.
+
+    ``rows``: with kind numeric, the rows of the batch table whose numbers are not finite."""
 
     term: int
     epoch: int
     rank: int
     error: ErrorInfo
+    rows: tuple[int, ...] = ()
 
 
 class CallResult(Message, frozen=True, tag=25):
@@ -315,7 +388,8 @@ class CallResult(Message, frozen=True, tag=25):
 class BeatWorker(Message, frozen=True, tag=26):
     """Progress: the step that runs or ran last, how many collectives it has entered, whether it is inside one.
 
-    ``load_done`` and ``load_total`` are bytes of weights, while the rank loads.
+    ``load_done`` and ``load_total`` are bytes of weights, while the rank loads. ``lease_s``: how long the step that
+    runs may take from now on, whatever recent ones took; 0.0: no longer than those.
     """
 
     term: int
@@ -326,25 +400,71 @@ class BeatWorker(Message, frozen=True, tag=26):
     inside: bool
     load_done: int = 0
     load_total: int = 0
+    lease_s: float = 0.0
 
 
-FromWorker = HelloWorker | StoreReady | Ready | StepDone | Fault | CallResult | BeatWorker
+class Loaded(Message, frozen=True, tag=27):
+    """The model is loaded and the KV cache allocated. ``free_bytes``: memory that is left on the device (CPU: of the
+    host) for more."""
+
+    term: int
+    rank: int
+    digest: str
+    num_blocks: int
+    block_bytes: int
+    weight_bytes: int
+    load_s: float
+    device: str
+    free_bytes: int = 0
+
+
+class Left(Message, frozen=True, tag=28):
+    """The rank is out of every epoch before this one, and its device idle. ``held``: int32 (moe_layers, slots), the
+    logical expert in each of its slots, -1 for none (and in layers of other stages), or (0, 0) where every rank has
+    all experts. ``free_bytes`` as in Loaded."""
+
+    term: int
+    epoch: int
+    rank: int
+    held: I32Matrix
+    num_blocks: int
+    free_bytes: int = 0
+
+
+class Injected(Message, frozen=True, tag=29):
+    """An injected fault happens now."""
+
+    term: int
+    rank: int
+    incarnation: str
+    number: int
+    text: str = ""
+
+
+FromWorker = (
+    HelloWorker | StoreReady | Ready | StepDone | Fault | CallResult | BeatWorker | Loaded | Left | Injected
+)
 
 
 # ------------------------------------------------------------------------------------------- client to coordinator
 
 
 class HelloClient(Message, frozen=True, tag=40):
-    """The first message of a client. ``client_id`` is a uuid drawn by the connection."""
+    """The first message of a client. ``client_id`` is a uuid drawn by the client library, which keeps it when it
+    connects again; ``term`` is the newest that it has seen."""
 
     version: int
     client_id: str
+    term: int = 0
 
 
 class Submit(Message, frozen=True, tag=41):
     """``prompt``: int32 (length,). ``sampling.stop_token_ids`` holds only the user's; the coordinator adds EOS.
 
-    ``seed_given`` false: the coordinator draws one. ``n`` sequences are made, with index 0 to n - 1.
+    ``seed_given`` false: the coordinator draws one. ``n`` sequences are made, with index 0 to n - 1. ``nonce``: drawn by
+    the client library for this submission; the same again is the same request, and is answered again. ``durable``: the
+    request outlives its connection for the resume window. ``client_params`` is the client library's own, handed back
+    by Resumed.
     """
 
     call_id: int
@@ -357,6 +477,9 @@ class Submit(Message, frozen=True, tag=41):
     ignore_eos: bool = False
     priority: int = 0
     data_parallel_rank: int = -1
+    nonce: str = ""
+    durable: bool = False
+    client_params: bytes = b""
 
 
 class Stop(Message, frozen=True, tag=42):
@@ -381,11 +504,17 @@ class Ack(Message, frozen=True, tag=44):
 
 
 class Resume(Message, frozen=True, tag=45):
-    """Deliver from ``positions[index]`` on."""
+    """Deliver from ``positions[index]`` on.
+
+    To a coordinator that may know less than the client does (WelcomeClient says so) also all that the client has:
+    ``submit``, with the seed that was drawn, and ``tokens[index]``, int32, every generated token that it has read.
+    """
 
     call_id: int
     request_id: str
     positions: tuple[int, ...]
+    tokens: tuple[I32, ...] = ()
+    submit: Submit | None = None
 
 
 class StatusQuery(Message, frozen=True, tag=46):
@@ -421,8 +550,51 @@ class LayoutQuery(Message, frozen=True, tag=50):
     call_id: int
 
 
+class MessageFault(Part, frozen=True):
+    """What happens to messages between the coordinator and its ranks, with ``fault_injection`` only.
+
+    ``kind``: drop, delay (by ``seconds``), duplicate, corrupt (bytes are replaced, so that it does not decode).
+    ``direction``: to_worker, from_worker or both. ``messages``: names of messages, none: all. ``ranks``: none: all.
+    ``probability`` per message, drawn from ``seed``; for ``lasting_s`` seconds (0.0: until the engine ends) and at most
+    ``times`` messages (0: any number).
+    """
+
+    kind: str
+    direction: str = "both"
+    messages: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = ()
+    probability: float = 1.0
+    seed: int = 0
+    seconds: float = 0.0
+    lasting_s: float = 0.0
+    times: int = 0
+
+
+class InjectFaults(Message, frozen=True, tag=51):
+    """Bring faults upon the engine. ``number`` identifies the message fault in events; 0 for none. ``clear``: forget
+    what was ordered before and has not happened. ``full_disk``: 1 makes the journal find its disk full, 0 ends that,
+    -1 leaves it as it is. Answered by FaultsInjected."""
+
+    call_id: int
+    injections: tuple[Injection, ...] = ()
+    messages: tuple[MessageFault, ...] = ()
+    clear: bool = False
+    full_disk: int = -1
+
+
 FromClient = (
-    HelloClient | Submit | Stop | Cancel | Ack | Resume | StatusQuery | CallRanks | BeatClient | Goodbye | LayoutQuery
+    HelloClient
+    | Submit
+    | Stop
+    | Cancel
+    | Ack
+    | Resume
+    | StatusQuery
+    | CallRanks
+    | BeatClient
+    | Goodbye
+    | LayoutQuery
+    | InjectFaults
 )
 
 
@@ -444,13 +616,18 @@ class ModelInfo(Part, frozen=True):
 
 
 class WelcomeClient(Message, frozen=True, tag=70):
-    """The engine is ready. ``tokenizer``: the bytes of tokenizer.json, empty where there is none."""
+    """The engine is ready. ``tokenizer``: the bytes of tokenizer.json, empty where there is none. ``knows_all``: false
+    when this coordinator may lack requests or tokens that clients have: their Resumes should bring them.
+    ``fault_injection``: whether it takes InjectFaults."""
 
     version: int
     term: int
     digest: str
     info: ModelInfo
     tokenizer: bytes
+    knows_all: bool = True
+    fault_injection: bool = False
+    resume_window_s: float = 60.0
 
 
 class Accepted(Message, frozen=True, tag=71):
@@ -525,14 +702,30 @@ class StatusReport(Message, frozen=True, tag=77):
 
 
 class Event(Message, frozen=True, tag=78):
-    """Something worth telling: ``kind`` is starting, waiting (for ranks that somebody else starts), loading, ready,
-    warning, fault, closing."""
+    """Something worth telling. ``kind``:
+
+    starting, waiting (for ranks that somebody else starts), loading, ready, warning, closing: the life of the engine;
+    fault: a rank is lost or has failed, ``fault`` says how (exit, wedged, unreachable, exception, numeric, peer_lost,
+    protocol) and ``evidence`` how that is known; regroup: the ranks of ``group`` come together anew as ``epoch``;
+    recovered: they compute again, ``seconds`` after the fault; respawn: a process is started for ``rank``; parked: it
+    has loaded; joined: it computes, and the group stood still for ``seconds``; crash_loop: it is not started again;
+    quarantine, poisoned, numeric: requests suspected or found to kill ranks; journal: its state changed; term: another
+    coordinator has taken over; injected: an injected fault (``done`` is its number) happens."""
 
     kind: str
     text: str
     rank: int = -1
     done: int = 0
     total: int = 0
+    group: int = -1
+    incarnation: str = ""
+    epoch: int = -1
+    step: int = -1
+    fault: str = ""
+    evidence: str = ""
+    seconds: float = 0.0
+    term: int = 0
+    request_ids: tuple[str, ...] = ()
 
 
 class RankAnswer(Part, frozen=True):
@@ -567,6 +760,9 @@ class Resumed(Message, frozen=True, tag=81):
     tokens: tuple[I32, ...]
     ends: tuple[StreamEnd, ...] = ()
     logprobs: tuple[tuple[LogprobEntry, ...], ...] = ()
+    client_params: bytes = b""
+    seed: int = 0
+    max_tokens: int = 0
 
 
 class LayoutFacts(Message, frozen=True, tag=82):
@@ -576,6 +772,13 @@ class LayoutFacts(Message, frozen=True, tag=82):
     call_id: int
     question: bytes
     placement: I32Matrix
+
+
+class FaultsInjected(Message, frozen=True, tag=83):
+    """Answer to InjectFaults. ``error``: why none of it was taken."""
+
+    call_id: int
+    error: ErrorInfo | None = None
 
 
 ToClient = (
@@ -592,18 +795,29 @@ ToClient = (
     | Behind
     | Resumed
     | LayoutFacts
+    | FaultsInjected
 )
 
 
 # ---------------------------------------------------------------------------------------- supervisor and coordinator
 
 
+class Started(Part, frozen=True):
+    """A worker process that lives: its rank, and the launch token that it was started with."""
+
+    rank: int
+    pid: int
+    token: str
+
+
 class HelloSupervisor(Message, frozen=True, tag=100):
-    """The first message of the supervisor, with the token that the coordinator was started with."""
+    """The first message of the supervisor, with the token that the coordinator was started with. ``members``: the
+    processes that it has started before and that live."""
 
     version: int
     token: str
     pid: int
+    members: tuple[Started, ...] = ()
 
 
 class Exited(Message, frozen=True, tag=101):
@@ -650,6 +864,13 @@ class Beat(Message, frozen=True, tag=106):
     pid: int
 
 
+class Notice(Message, frozen=True, tag=107):
+    """Something that the supervisor should log: ``kind`` as in Event."""
+
+    kind: str
+    text: str
+
+
 FromSupervisor = HelloSupervisor | Exited | Spawned | Stopping | Beat
-ToSupervisor = Spawn | Kill | Stopping | Beat
+ToSupervisor = Spawn | Kill | Stopping | Beat | Notice
 FromWorkerSide = FromWorker | FromSupervisor

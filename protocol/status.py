@@ -53,7 +53,8 @@ class ReplicaStatus(Shown, frozen=True, gc=False):
 
 
 class RankStatus(Shown, frozen=True, gc=False):
-    """One worker process. ``state``: starting, ready or dead. ``step_age_s``: how long it has had for its oldest step
+    """One worker process. ``state``: starting, parked (loaded, but its engine replica lacks another rank), ready,
+    wedged or dead. ``step_age_s``: how long it has had for its oldest step
     in flight, 0.0 without one. ``last_fault`` is the text of the last error it reported or died of. ``kv_blocks``: how
     many it has room for, ``weight_bytes``: what it has loaded, both 0 until it is ready."""
 
@@ -83,9 +84,26 @@ class RequestCounts(Shown, frozen=True, gc=False):
     failed: int = 0
 
 
+class FaultStatus(Shown, frozen=True, gc=False):
+    """A fault of a rank. ``kind``: exit, wedged, unreachable, exception, numeric, peer_lost or protocol; ``evidence``
+    says how it is known. ``at`` is in seconds since 1970; ``recovered_s``: how long the group stood still, -1.0 while
+    it still does."""
+
+    rank: int
+    incarnation: str
+    group: int
+    epoch: int
+    step: int
+    kind: str
+    evidence: str
+    at: float
+    recovered_s: float = -1.0
+
+
 class EngineStatus(Shown, frozen=True, gc=False):
-    """``state``: starting, ready, closing or failed. ``counters`` holds every count by name: scheduling (steps,
-    preemptions, ...), sockets (``client_frames_malformed``, ...) and stale or foreign messages. ``journal``: "off".
+    """``state``: starting, ready, recovering (no replica serves, requests wait), closing or failed. ``counters`` holds every count by name: scheduling (steps,
+    preemptions, ...), sockets (``client_frames_malformed``, ...) and stale or foreign messages. ``journal``: "on", "off" or
+    "degraded". ``faults``: the last 64, oldest first. ``waiting_for``: what requests wait for while none is served.
     ``kv_blocks``: of the replica with fewest, which bounds what every request may need; 0 until it is ready."""
 
     state: str
@@ -99,3 +117,5 @@ class EngineStatus(Shown, frozen=True, gc=False):
     counters: dict[str, int]
     journal: str
     kv_blocks: int = 0
+    faults: tuple[FaultStatus, ...] = ()
+    waiting_for: str = ""

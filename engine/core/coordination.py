@@ -1,0 +1,324 @@
+"""All that the coordinator decides, in one place: messages and ``now`` in, messages out; no socket, no clock, no task.
+
+Membership says which ranks there are and forms their epochs; the core plans their steps; clocks say who takes too long;
+the quarantine finds the request that kills. Here they are told of each other. The coordinator is the shell around it,
+and so is the simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from drumline.engine.core.config import CoreConfig
+from drumline.engine.core.engine_core import EngineCore
+from drumline.engine.core.fault_book import FaultBook
+from drumline.engine.core.liveness import GroupClock, furthest_behind
+from drumline.engine.core.members import (
+    Ended,
+    EpochReady,
+    FaultSeen,
+    GroupClosed,
+    JoinDue,
+    Loading,
+    MembershipConfig,
+    Output,
+    Ready,
+    Tell,
+    ToOwner,
+    ToPeer,
+    ToReplica,
+    Called,
+)
+from drumline.engine.core.membership import Membership
+from drumline.engine.core.restored import RestoredRequest
+from drumline.engine.core.results import check_acknowledgement
+from drumline.engine.core.suspicion import Suspicion
+from drumline.protocol.errors import ErrorInfo, ProtocolError
+from drumline.protocol.layout import Layout
+from drumline.protocol.messages import (
+    CallResult,
+    Exited,
+    FromWorkerSide,
+    HelloSupervisor,
+    Spawned,
+    StepDone,
+    Stopping,
+    Beat,
+)
+
+
+class CoordinationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """``seed`` is where the seeds of requests without one come from, ``hash_key`` that of the prefix cache's hashes."""
+
+    membership: MembershipConfig
+    core: CoreConfig
+    layout: Layout
+    seed: int = 0
+    hash_key: int = 0
+    step_deadline_s: float | None = None
+
+
+class Coordination:
+    """One engine. ``restored``: what a journal knows of unfinished requests. ``core`` is None until ranks are ready."""
+
+    def __init__(
+        self,
+        config: CoordinationConfig,
+        *,
+        new_token: Callable[[], str],
+        now: float,
+        restored: Sequence[RestoredRequest] = (),
+    ) -> None:
+        self.config = config
+        self.term = config.membership.term
+        self.membership = Membership(config.membership, new_token, now)
+        self.core: EngineCore | None = None
+        self.faults = FaultBook()
+        layout = config.layout
+        self.clocks = [
+            GroupClock(config.step_deadline_s, layout.pipeline_parallel_size) for _ in self.membership.groups
+        ]
+        self._suspicion = Suspicion()
+        self._restored = restored
+        self._ranks_of = [layout.ranks_of_replica(replica) for replica in range(layout.num_replicas)]
+        self._answers_for = {layout.reporting_rank(replica): replica for replica in range(layout.num_replicas)}
+        self._group_of = {rank: record.group for rank, record in self.membership.ranks.items()}
+        self._joining: set[int] = set()
+        self._ready_epochs: dict[int, EpochReady] = {}
+        self._out: list[Output] = []
+
+    # ------------------------------------------------------------------------------------------------- what comes in
+
+    def from_workers(self, peer: bytes, message: FromWorkerSide, now: float) -> None:
+        """Anything from a rank or the supervisor. What is to be done about it is in :meth:`take`."""
+        membership = self.membership
+        if isinstance(message, StepDone):
+            self._step_done(peer, message, now)
+        elif isinstance(message, CallResult):
+            if membership.accepts(peer, message):
+                self.clocks[self._group_of[message.rank]].answered(message.call_id, now)
+                self._out.append(Called(message))
+        elif isinstance(message, HelloSupervisor):
+            self._react(membership.supervisor_hello(peer, message, now), now)
+        elif isinstance(message, Spawned | Exited | Stopping | Beat):
+            if membership.is_owner(peer):
+                membership.owner_heard(now)
+                self._from_owner(message, now)
+        else:
+            self._react(membership.receive(peer, message, now), now)
+
+    def _from_owner(self, message: Spawned | Exited | Stopping | Beat, now: float) -> None:
+        if isinstance(message, Spawned):
+            self.membership.spawned(message)
+        elif isinstance(message, Exited):
+            self._react(self.membership.exited(message, now), now)
+        elif isinstance(message, Stopping):
+            self._out.append(Ended(message.reason, message.error))
+
+    def _step_done(self, peer: bytes, message: StepDone, now: float) -> None:
+        membership, core, rank = self.membership, self.core, message.rank
+        if core is None or not membership.accepts(peer, message):
+            return
+        group = self._group_of[rank]
+        clock = self.clocks[group]
+        if not clock.owes(rank, message.step):
+            membership.refusals.out_of_order += 1
+            return
+        replica = self._answers_for.get(rank)
+        try:
+            if replica is not None:
+                core.apply(replica, message, now)
+            else:
+                check_acknowledgement(message)
+        except ProtocolError as error:
+            self._impossible_reply(rank, message.step, error.text, now)
+            return
+        membership.step_done(rank, message.step)
+        complete = clock.done(rank, message.step, now)
+        if complete and group in self._joining:
+            self._drained(group, now)
+        if complete or replica is not None:
+            self.plan(now)
+        if complete and self._suspicion:
+            self._suspicion.look(core)
+
+    def unreachable(self, rank: int, text: str, now: float) -> None:
+        """Something could not be sent to ``rank``."""
+        self._lost(rank, "unreachable", text, -1, now)
+
+    def _impossible_reply(self, rank: int, step: int, why: str, now: float) -> None:
+        record = self.membership.ranks[rank]
+        text = f"rank {rank} (pid {record.pid}) gave an impossible reply to step {step}: {why}"
+        self._lost(rank, "protocol", text, step, now)
+
+    def _lost(self, rank: int, kind: str, text: str, step: int, now: float) -> None:
+        record = self.membership.ranks[rank]
+        error = ErrorInfo(
+            kind="request_failed",
+            text=text,
+            retryable=True,
+            rank=rank,
+            incarnation=record.incarnation,
+            epoch=self.membership.groups[record.group].epoch,
+            step=step,
+        )
+        self._react(self.membership.declare_lost(rank, kind, error, now), now)
+
+    # ------------------------------------------------------------------------------------------------------------ time
+
+    def due_at(self, now: float) -> float | None:
+        """When :meth:`tick` wants to be called, None: not before something has happened."""
+        moments = [self.membership.due_at, *(clock.due_at(now) for clock in self.clocks)]
+        return min((moment for moment in moments if moment is not None), default=None)
+
+    def tick(self, now: float) -> None:
+        """What is due at ``now``: steps that take too long, ranks that are silent, epochs that do not form."""
+        for clock in self.clocks:
+            overdue = clock.overdue(now)
+            if overdue is None:
+                continue
+            records = self.membership.ranks
+            record = records[furthest_behind(overdue.ranks, records)]
+            where = "inside" if record.inside else "outside of"
+            text = (
+                f"rank {record.rank} (pid {record.pid}) is furthest behind in step {overdue.step}, which took "
+                f"{overdue.waited_s:.1f} s of at most {overdue.limit_s:.1f} s: last seen in step {record.step}, "
+                f"{where} collective {record.collective}"
+            )
+            self._lost(record.rank, "wedged", text, overdue.step, now)
+        self._react(self.membership.tick(now), now)
+        if self.core is not None:
+            self.core.tick(now)
+            for group in list(self._joining):
+                self._drained(group, now)
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+
+    def plan(self, now: float) -> None:
+        """Plan steps while there are any. Due after every change of the core."""
+        core = self.core
+        if core is None:
+            return
+        while plans := core.plan(now):
+            for replica, step in plans:
+                ranks = self._ranks_of[replica]
+                clock = self.clocks[self._group_of[ranks[0]]]
+                counts = step.num_tokens_across_dp
+                tokens = int(counts.max()) if len(counts) else 0
+                for rank in ranks:
+                    clock.sent(rank, step.step, tokens, now)
+                self._out.append(ToReplica(ranks, step))
+
+    # -------------------------------------------------------------------------------------------- what membership says
+
+    def _react(self, outputs: Sequence[Output], now: float) -> None:
+        # The rows that a fault names are those of the epoch that it ends.
+        for output in outputs:
+            if isinstance(output, FaultSeen):
+                self._fault(output, now)
+        for output in outputs:
+            if isinstance(output, GroupClosed):
+                self._closed(output, now)
+            elif isinstance(output, EpochReady):
+                self._epoch_ready(output, now)
+            elif isinstance(output, JoinDue):
+                self._join_due(output.group, now)
+            elif not isinstance(output, FaultSeen):
+                self._out.append(output)
+        if outputs:
+            self.plan(now)
+
+    def _fault(self, fault: FaultSeen, now: float) -> None:
+        self.faults.add(fault, now)
+        if self.core is not None:
+            self._suspicion.fault(fault, self.core, self._replica_within_group(fault.rank))
+            if fault.inside and self._suspicion:
+                self.membership.forgive(fault.rank, now)
+            self._out.extend(self._suspicion.take())
+
+    def _replica_within_group(self, rank: int) -> int:
+        together = self.config.core.replicas_per_group
+        return self.config.layout.replica_of(rank) % together
+
+    def _closed(self, closed: GroupClosed, now: float) -> None:
+        group = closed.group
+        self._joining.discard(group)
+        self._ready_epochs.pop(group, None)
+        self.clocks[group].forget()
+        core = self.core
+        if core is not None:
+            self._suspicion.closed(group, closed.epoch, core.suspects(group))
+            core.hold(group, False)
+            core.close_epoch(group, self._replicas(closed.lost), now)
+
+    def _join_due(self, group: int, now: float) -> None:
+        self._joining.add(group)
+        if self.core is not None:
+            self.core.hold(group, True)
+        self._drained(group, now)
+
+    def _drained(self, group: int, now: float) -> None:
+        if self.core is not None and self.core.in_flight(group):
+            return
+        self._joining.discard(group)
+        self._react(self.membership.drained(group, now), now)
+
+    def _replicas(self, dp_ranks: Sequence[int]) -> list[int]:
+        """Attention replicas of engine replicas, all counted within their group."""
+        parts = self.config.core.attention_data_parallel_size
+        return [dp_rank * parts + part for dp_rank in dp_ranks for part in range(parts)]
+
+    def _epoch_ready(self, ready: EpochReady, now: float) -> None:
+        self._joining.discard(ready.group)
+        self._ready_epochs[ready.group] = ready
+        if self.core is not None:
+            self._open(self.core, ready, now)
+            return
+        # The first time all groups are waited for; who takes over from another coordinator goes on with what there is.
+        if len(self._ready_epochs) < len(self.membership.groups) and not self._takes_over:
+            return
+        config = self.config
+        core = EngineCore(config.core, self._blocks(), self.term, config.seed, hash_key=config.hash_key)
+        if self._restored:
+            core.restore(self._restored, now)
+        self.core = core
+        for one in self._ready_epochs.values():
+            self._open(core, one, now)
+        self._out.append(Ready())
+
+    @property
+    def _takes_over(self) -> bool:
+        return self.membership.took_over
+
+    def _open(self, core: EngineCore, ready: EpochReady, now: float) -> None:
+        self.clocks[ready.group].forget()
+        core.hold(ready.group, False)
+        core.open_epoch(ready.group, ready.epoch, self._replicas(ready.serving), self._replicas(ready.kept))
+        self.faults.recovered(ready.group, now)
+        if self._suspicion:
+            self._suspicion.look(core)
+
+    def _blocks(self) -> list[int]:
+        """KV blocks of every attention replica: as many as the rank with fewest has."""
+        known: dict[int, int] = {}
+        for ready in self._ready_epochs.values():
+            known |= ready.num_blocks
+        least = min(known.values())
+        return [min((known[rank] for rank in ranks if rank in known), default=least) for ranks in self._ranks_of]
+
+    # ------------------------------------------------------------------------------------------------------------- out
+
+    def take(self) -> list[Output]:
+        """What is to be sent and told, in order, and forgets it."""
+        out, self._out = self._out, []
+        return out
+
+    def failed_to_start(self, error: ErrorInfo) -> bool:
+        """Whether the engine was never ready, so that ``error`` is one of its start."""
+        return self.core is None
+
+    def oldest_step(self, rank: int) -> int:
+        """The oldest step in flight of the rank's group, -1 without one."""
+        return self.clocks[self._group_of[rank]].oldest_step

@@ -9,6 +9,8 @@ import zmq
 
 from drumline.engine.client_connections import MAX_UNREAD, ClientConnection, Connections
 from drumline.engine.core.engine_core import EngineCore
+from drumline.engine.core.outputs import ConnectionOutput
+from drumline.engine.keeping import Keeping
 from drumline.engine.layout_report.running import layout_facts
 from drumline.engine.resolve import ResolvedConfig
 from drumline.protocol.codec import Codec
@@ -24,6 +26,7 @@ from drumline.protocol.messages import (
     FromClient,
     Goodbye,
     HelloClient,
+    InjectFaults,
     LayoutQuery,
     Rejected,
     Resume,
@@ -62,6 +65,13 @@ class ServingEngine(Protocol):
 
     def status_json(self, now: float) -> bytes:
         """The engine's status."""
+
+    @property
+    def keeping(self) -> Keeping:
+        """Through which everything about requests goes to clients."""
+
+    def inject(self, connection: ClientConnection, message: InjectFaults, now: float) -> None:
+        """Bring faults about and answer the connection."""
 
     def call_ranks(self, connection: ClientConnection, message: CallRanks, now: float) -> None:
         """Run a control call on every rank and answer the connection."""
@@ -147,6 +157,8 @@ class ClientPort:
             self.connections.reply(connection, facts)
         elif isinstance(message, CallRanks):
             self._engine.call_ranks(connection, message, now)
+        elif isinstance(message, InjectFaults):
+            self._engine.inject(connection, message, now)
         elif isinstance(message, Goodbye):
             self.connections.remove(connection)
             self._engine.client_left(connection, now)
@@ -162,11 +174,16 @@ class ClientPort:
             refusal = refusal or ErrorInfo(kind="engine_closed", text="the engine has no core")
             self.connections.reply(connection, Rejected(message.call_id, message.request_id, refusal))
             return
+        # What was told before keeps its place.
+        self.deliver(core)
         answer = core.submit(connection.number, message, now)
+        self._push(core, [], lambda: self._answer_submit(connection, answer))
+        self._engine.changed(now)
+
+    def _answer_submit(self, connection: ClientConnection, answer: Accepted | Rejected) -> None:
         if isinstance(answer, Accepted):
             self.connections.accepted(connection, answer.request_id, len(answer.handles))
         self.connections.reply(connection, answer)
-        self._engine.changed(now)
 
     def _about_request(self, connection: ClientConnection, message: Stop | Cancel | Resume, now: float) -> None:
         core = self._engine.core
@@ -180,18 +197,67 @@ class ClientPort:
         elif isinstance(message, Cancel):
             core.cancel(connection.number, message, now)
         else:
-            answer = core.resume(connection.number, message)
-            if not isinstance(answer, Resumed):
-                self.connections.reply(connection, answer)
-            elif self.connections.resumed(connection, answer):
-                core.forget(message.request_id)
+            self._resume(core, connection, message, now)
         self._engine.changed(now)
 
+    def _resume(self, core: EngineCore, connection: ClientConnection, message: Resume, now: float) -> None:
+        # What was told before the handles changed goes out under the old ones, and first.
+        self.deliver(core)
+        before = core.connection_of(message.request_id)
+        answer = core.resume(connection.number, message) if message.submit is None else None
+        if answer is None:
+            answer = core.adopt(connection.number, message, now)
+
+        def send() -> None:
+            if not isinstance(answer, Resumed):
+                self.connections.reply(connection, answer)
+                return
+            reader = self.connections.numbered(before) if before != connection.number else None
+            if reader is not None:
+                self.connections.moved(reader, message.request_id)
+            if self.connections.resumed(connection, answer):
+                self._forget(message.request_id)
+
+        self._push(core, [], send)
+
+    def _forget(self, request_id: str) -> None:
+        core = self._engine.core
+        if core is not None:
+            core.forget(request_id)
+
     def deliver(self, core: EngineCore) -> None:
-        """Send what the core has for clients."""
-        for output in core.outputs():
+        """Send what the core has for clients, once it is kept."""
+        outputs = core.outputs()
+        if outputs:
+            self._push(core, outputs, lambda: self._send_outputs(outputs))
+
+    def _push(self, core: EngineCore, outputs: list[ConnectionOutput], send: Callable[[], None]) -> None:
+        self._engine.keeping.push(core.take_notes(), outputs, send)
+
+    def _send_outputs(self, outputs: list[ConnectionOutput]) -> None:
+        for output in outputs:
             for request_id in self.connections.deliver(output):
-                core.forget(request_id)
+                self._forget(request_id)
+            connection = self.connections.numbered(output.connection)
+            for request_id, error in output.failed if connection is not None else ():
+                connection.close_request(request_id)
+                self.connections.reply(connection, Failed(request_id, error))
+
+    def fail_requests(self, error: ErrorInfo) -> None:
+        """End every request with ``error``: the engine cannot go on."""
+        core = self._engine.core
+        if core is None:
+            return
+        failed = core.fail_all()
+        self.deliver(core)
+
+        def send() -> None:
+            for number, request_id in failed:
+                connection = self.connections.numbered(number)
+                if connection is not None:
+                    self.connections.reply(connection, Failed(request_id, error))
+
+        self._push(core, [], send)
 
     def tick(self, now: float) -> None:
         """Clients that fell silent or went away, and replies that wait for room."""

@@ -1,8 +1,9 @@
-"""The coordinator: sockets in, core, sockets out. A process of its own (:mod:`~drumline.engine.launch.coordinator`), or
-inline in an app's loop (:mod:`~drumline.engine.launch.inline`).
+"""The coordinator: sockets in, decisions, sockets out. A process of its own (:mod:`~drumline.engine.launch.coordinator`),
+or inline in an app's loop (:mod:`~drumline.engine.launch.inline`).
 
-Decisions are the core's; this shell owns the sockets, the clock and the tasks. Every task is supervised: one that dies
-ends the engine with a typed error that clients and the supervisor are told.
+Decisions are :mod:`~drumline.engine.core.coordination`'s; this shell owns the sockets, the clock, the journal and the
+tasks. Every task is supervised: one that dies ends the engine with a typed error that clients and the supervisor are
+told.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ import zmq
 from drumline.engine.calls import RankCalls
 from drumline.engine.client_connections import ClientConnection
 from drumline.engine.client_port import ClientPort
+from drumline.engine.core.coordination import Coordination, CoordinationConfig
 from drumline.engine.core.engine_core import EngineCore
-from drumline.engine.core.evidence import Loss
-from drumline.engine.core.members import EpochReady, Loading
-from drumline.engine.core.results import check_acknowledgement
-from drumline.engine.launch.external import waiting_event
+from drumline.engine.core.members import Called, Ended, Loading, Output, Ready, Tell, ToOwner, ToPeer, ToReplica
+from drumline.engine.inject_orders import InjectOrders
+from drumline.engine.keeping import Keeping
+from drumline.engine.launch.external import external_launch, waiting_event, write_launch_token
 from drumline.engine.launch.order import Order
+from drumline.engine.membership_config import membership_config
 from drumline.engine.resolve import ResolvedConfig, resolve
 from drumline.engine.running_clock import TICK_S, RunningClock
 from drumline.engine.snapshot import engine_status
 from drumline.engine.worker_port import WorkerPort
-from drumline.protocol.errors import ErrorInfo, ProtocolError
+from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
     CallRanks,
@@ -40,9 +43,8 @@ from drumline.protocol.messages import (
     CallResult,
     Event,
     Failed,
+    InjectFaults,
     Rejected,
-    StepDone,
-    Stopping,
     WelcomeClient,
 )
 
@@ -54,48 +56,72 @@ LAST_WORD_S = 0.15
 
 
 class EngineState(enum.StrEnum):
-    """As the status shows it. READY once every group is; CLOSING at a clean end, FAILED at one with an error."""
+    """As the status shows it. READY once every group is; RECOVERING while no replica serves; CLOSING at a clean end,
+    FAILED at one with an error."""
 
     STARTING = "starting"
     READY = "ready"
+    RECOVERING = "recovering"
     CLOSING = "closing"
     FAILED = "failed"
 
 
 class Coordinator:
     """One engine. Make it inside a running loop, then await :meth:`run`. It binds its sockets at once. Raises
-    InvalidConfig when an endpoint cannot be bound or the model folder cannot be served."""
+    InvalidConfig when an endpoint cannot be bound, the journal cannot be kept or the model folder cannot be served."""
 
     def __init__(self, order: Order, resolved: ResolvedConfig | None = None) -> None:
         self.order = order
         self.resolved = (resolved or resolve(order.config)).in_folder(order.runtime_dir)
         self.incarnation = uuid.uuid4().hex
-        self.state = EngineState.STARTING
         self.error: ErrorInfo | None = None
-        self._clock = RunningClock()
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._core: EngineCore | None = None
-        self._blocks: dict[int, int] = {}
-        layout = self.resolved.layout
-        # By rank: the replica that it answers for.
-        self._answers_for = {layout.reporting_rank(replica): replica for replica in range(layout.num_replicas)}
+        self.clock = RunningClock()
+        self._reason = ""
+        self._end_state: EngineState | None = None
         self._welcome: WelcomeClient | None = None
         self._tokenizer = self.resolved.read_tokenizer()
-        self._calls = RankCalls(order.term)
         self._ended = asyncio.Event()
         self._wake = asyncio.Event()
-        self._reason = ""
         self._closed = False
+        self.keeping = Keeping(order, self._journal_changed, self._superseded)
+        self.term = self.keeping.term
+        self._calls = RankCalls(self.term)
+        self._context: zmq.Context[Any] = zmq.Context()
         try:
-            self.workers = WorkerPort(self._context, order, self.resolved, self, self._clock.now)
-            try:
-                self.clients = ClientPort(self._context, order.client_endpoint, self, self._clock.now)
-            except BaseException:
-                self.workers.close()
-                raise
+            self._bind()
         except BaseException:
+            self.keeping.close()
             self._context.term()
             raise
+
+    def _bind(self) -> None:
+        order, config = self.order, self.resolved.config
+        #: How the ranks that somebody else starts are started, None when there are none.
+        launch = external_launch(order)
+        token = write_launch_token(launch) if launch is not None else ""
+        self.coordination = Coordination(
+            CoordinationConfig(
+                membership=membership_config(order, self.resolved, self.term, launch, token),
+                core=self.resolved.core,
+                layout=self.resolved.layout,
+                seed=config.seed,
+                hash_key=secrets.randbits(128),
+                step_deadline_s=config.faults.step_deadline_s,
+            ),
+            new_token=lambda: secrets.token_urlsafe(24),
+            now=self.clock.now(),
+            restored=self.keeping.restored,
+        )
+        injection = config.fault_injection
+        self.workers = WorkerPort(
+            self._context, order.worker_endpoint, self.coordination, self.clock.now, self.changed, launch, injection
+        )
+        try:
+            self.clients = ClientPort(self._context, order.client_endpoint, self, self.clock.now)
+        except BaseException:
+            self.workers.close()
+            raise
+        self._inject_orders = InjectOrders(self.workers, self.keeping, self.coordination, injection)
 
     # ---------------------------------------------------------------------------------------------- life
 
@@ -125,13 +151,15 @@ class Coordinator:
             return
         self._reason = reason
         self.error = error
-        self.state = EngineState.CLOSING if error is None else EngineState.FAILED
+        self._end_state = EngineState.CLOSING if error is None else EngineState.FAILED
         self._ended.set()
 
     def _shut_down(self) -> None:
         """Every live request ends with an error, every client is told, workers and supervisor too."""
         closed = ErrorInfo(kind="engine_closed", text=self._reason or "the engine is closed")
-        self._fail_requests(self.error or closed)
+        self.clients.fail_requests(self.error or closed)
+        # What waits to be kept is told before the end is.
+        self.keeping.close()
         if self.error is None or self.error.kind in ("start_failed", "invalid_config"):
             last = self.error or closed
         else:
@@ -165,80 +193,93 @@ class Coordinator:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._until_next()):
                     await self._wake.wait()
-            now = self._clock.now()
+            self._wake.clear()
+            now = self.clock.now()
             self.workers.tick(now)
             self.clients.tick(now)
             for call in self._calls.expire(now):
                 self._answer(call.connection, call.result())
             self.changed(now)
-            # What woke it is handled; what it waits for next is looked up anew. Cleared earlier, it would wake itself.
-            self._wake.clear()
 
     def _until_next(self) -> float:
-        now = self._clock.now()
+        now = self.clock.now()
         retry = now + RETRY_S if self.clients.connections.has_pending else None
-        moments = (now + TICK_S, self.workers.membership.decides_at, self._calls.next_deadline, retry)
-        return max(min(moment for moment in moments if moment is not None) - now, 0.0)
+        moments = (now + TICK_S, self.coordination.due_at(now), self._calls.next_deadline, retry)
+        return max(min(moment for moment in moments if moment is not None) - now, 0.001)
 
     # --------------------------------------------------------------------------------------------- serving
 
     @property
     def core(self) -> EngineCore | None:
-        return self._core
+        return self.coordination.core
+
+    @property
+    def state(self) -> EngineState:
+        """What the status shows."""
+        if self._end_state is not None:
+            return self._end_state
+        if self.core is None:
+            return EngineState.STARTING
+        return EngineState.READY if self.core.serving else EngineState.RECOVERING
 
     @property
     def device(self) -> str:
-        records = self.workers.membership.ranks.values()
-        return next((record.ready.device for record in records if record.ready is not None), "")
+        records = self.coordination.membership.ranks.values()
+        return next((record.loaded.device for record in records if record.loaded is not None), "")
 
     def refusal(self) -> ErrorInfo | None:
         if self._ended.is_set():
             text = self.error.text if self.error is not None else self._reason
             return ErrorInfo(kind="engine_closed", text=f"the engine is {self.state.value}: {text}")
-        if self._core is None:
+        if self.core is None:
             text = "the engine is still starting; submit after its welcome"
             return ErrorInfo(kind="request_failed", text=text, retryable=True)
         return None
 
     def changed(self, now: float) -> None:
         """Plan and send steps while there are any, then deliver, then do what can wait."""
-        core = self._core
-        if core is None or self._ended.is_set():
+        if self._ended.is_set():
             return
-        self._send_plans(core, now)
-        self.clients.deliver(core)
-        core.maintain(now)
-        if self.workers.membership.decides_at is not None or self.clients.connections.has_pending:
+        self.coordination.plan(now)
+        self._carry_out(now)
+        core = self.core
+        if core is not None and not self._ended.is_set():
+            self.clients.deliver(core)
+            core.maintain(now)
+        if self.clients.connections.has_pending:
             self._wake.set()
 
-    def _send_plans(self, core: EngineCore, now: float) -> None:
-        while plans := core.plan(now):
-            for replica, step in plans:
-                self.workers.send_step(replica, step, now)
+    def _carry_out(self, now: float) -> None:
+        # A send that fails is news for the decisions, which answer with more to send.
+        while outputs := self.coordination.take():
+            for output in outputs:
+                self._do(output, now)
 
-    def step_done(self, rank: int, message: StepDone, complete: bool) -> None:
-        core = self._core
-        if core is None or self._ended.is_set():
-            return
-        now = self._clock.now()
-        replica = self._answers_for.get(rank)
-        try:
-            if replica is not None:
-                core.apply(replica, message, now)
-            else:
-                check_acknowledgement(message)
-        except ProtocolError as error:
-            self.workers.refused_reply(rank, message.step, error.text)
-            return
-        if complete:
-            self.changed(now)
-        elif replica is not None:
-            self._send_plans(core, now)
+    def _do(self, output: Output, now: float) -> None:
+        connections = self.clients.connections
+        if isinstance(output, ToPeer | ToReplica | ToOwner):
+            self.workers.carry_out(output, now)
+        elif isinstance(output, Tell):
+            self._log(output.event)
+            connections.broadcast(output.event)
+        elif isinstance(output, Loading):
+            text = f"rank {output.rank} has loaded {output.done} of {output.total} bytes"
+            connections.broadcast(Event("loading", text, output.rank, output.done, output.total))
+        elif isinstance(output, Called):
+            self._call_result(output.message)
+        elif isinstance(output, Ready):
+            self._ready()
+        elif isinstance(output, Ended):
+            self._lost(output)
+
+    def _log(self, event: Event) -> None:
+        level = logging.WARNING if event.kind in _WORTH_A_WARNING else logging.INFO
+        log.log(level, "%s: %s", event.kind, event.text)
 
     def client_left(self, connection: ClientConnection, now: float) -> None:
         self._calls.drop_connection(connection.number)
-        if self._core is not None:
-            self._core.drop_connection(connection.number, now)
+        if self.core is not None:
+            self.core.drop_connection(connection.number, now)
             self.changed(now)
 
     def greet(self, connection: ClientConnection) -> None:
@@ -247,7 +288,7 @@ class Coordinator:
             return
         ranks = len(self.resolved.config.parallel.local_ranks)
         self.clients.connections.reply(connection, Event("starting", f"starting {ranks} worker processes"))
-        awaited = self.workers.membership.awaited
+        awaited = self.coordination.membership.awaited
         if self.workers.launch is not None and awaited:
             self.clients.connections.reply(connection, waiting_event(self.workers.launch, awaited))
         for warning in self.resolved.warnings:
@@ -255,6 +296,12 @@ class Coordinator:
 
     def status_json(self, now: float) -> bytes:
         return msgspec.json.encode(engine_status(self, self._calls.late_replies, now))
+
+    def inject(self, connection: ClientConnection, message: InjectFaults, now: float) -> None:
+        self.clients.connections.reply(connection, self._inject_orders.take(message, now))
+        self.changed(now)
+
+    # ------------------------------------------------------------------------------------------- control calls
 
     def call_ranks(self, connection: ClientConnection, message: CallRanks, now: float) -> None:
         opened = self._calls.open(connection.number, message, self.workers.epochs(), now)
@@ -270,7 +317,7 @@ class Coordinator:
                     self._answer(done.connection, done.result())
         self._wake.set()
 
-    def call_result(self, message: CallResult) -> None:
+    def _call_result(self, message: CallResult) -> None:
         done = self._calls.answer(message)
         if done is not None:
             self._answer(done.connection, done.result())
@@ -280,57 +327,44 @@ class Coordinator:
         if connection is not None:
             self.clients.connections.reply(connection, result)
 
-    # ------------------------------------------------------------------------------------- what ranks become
+    # ------------------------------------------------------------------------------------- what the engine becomes
 
-    def loading(self, progress: Loading) -> None:
-        text = f"rank {progress.rank} has loaded {progress.done} of {progress.total} bytes"
-        self.clients.connections.broadcast(Event("loading", text, progress.rank, progress.done, progress.total))
-
-    def epoch_ready(self, ready: EpochReady) -> None:
-        group = self.workers.membership.groups[ready.group]
-        self._blocks.update(zip(group.ranks, ready.num_blocks, strict=True))
-        if not self.workers.membership.all_ready or self._core is not None:
+    def _ready(self) -> None:
+        core = self.coordination.core
+        if core is None:
             return
-        config, layout = self.resolved.config, self.resolved.layout
-        blocks = [
-            min(self._blocks[rank] for rank in layout.ranks_of_replica(replica))
-            for replica in range(layout.num_replicas)
-        ]
-        core = EngineCore(self.resolved.core, blocks, self.order.term, config.seed, hash_key=secrets.randbits(128))
-        for one in self.workers.membership.groups:
-            core.open_epoch(one.id, one.epoch)
-        self._core = core
-        self.state = EngineState.READY
+        blocks = min(replica.blocks_total for replica in core.replica_status())
         self._welcome = WelcomeClient(
             version=PROTOCOL_VERSION,
-            term=self.order.term,
+            term=self.term,
             digest=self.resolved.digest,
-            info=self.resolved.model_info(min(blocks)),
+            info=self.resolved.model_info(blocks),
             tokenizer=self._tokenizer,
+            knows_all=self.keeping.knows_all,
+            fault_injection=self.resolved.config.fault_injection,
+            resume_window_s=self.resolved.config.faults.resume_window_s,
         )
-        self.clients.connections.broadcast(Event("ready", f"{len(self._blocks)} ranks are ready"))
+        self.clients.connections.broadcast(Event("ready", f"{len(self.coordination.membership.ranks)} ranks are ready"))
         self.clients.connections.broadcast(self._welcome)
 
-    def suspected(self) -> None:
-        self._wake.set()
+    def _lost(self, ended: Ended) -> None:
+        """The engine cannot go on, or its supervisor closes it."""
+        error = ended.error
+        if error is not None:
+            log.error(error.text)
+            self.clients.connections.broadcast(Event("fault", error.text, error.rank))
+        self.end(ended.reason, error)
 
-    def lost(self, loss: Loss) -> None:
-        """A rank or the supervisor is lost. Without recovery that ends the engine, with every request told why."""
-        error = loss.error
-        if self._core is None:
-            if loss.rank >= 0 or error.kind != "engine_closed":
-                error = msgspec.structs.replace(error, kind="start_failed")
-        else:
-            step = error.step
-            if loss.rank >= 0 and step < 0:
-                step = self.workers.oldest_step(loss.rank)
-            error = msgspec.structs.replace(error, kind="request_failed", retryable=True, step=step)
-        log.error(error.text)
-        self.clients.connections.broadcast(Event("fault", error.text, loss.rank))
-        self.end(error.text, error)
+    def _journal_changed(self, state: str, text: str) -> None:
+        """The journal's state has changed: clients and the supervisor are told."""
+        log.log(logging.INFO if state == "on" else logging.WARNING, "journal %s: %s", state, text)
+        self.clients.connections.broadcast(Event("journal", f"journal: {state}: {text}"))
+        self.workers.notice("journal", f"{state}: {text}")
 
-    def owner_stopping(self, message: Stopping) -> None:
-        self.end(message.reason, message.error)
+    def _superseded(self, text: str) -> None:
+        """Another coordinator has taken over: this one must say and do nothing more."""
+        log.critical("%s", text)
+        self.end(text, ErrorInfo(kind="engine_closed", text=text))
 
     def owner_gone(self) -> None:
         """The lifeline has ended: the supervisor is gone, unless it says at this moment that it closes the engine."""
@@ -338,13 +372,5 @@ class Coordinator:
         error = ErrorInfo(kind="engine_closed", text=text)
         asyncio.get_running_loop().call_later(LAST_WORD_S, self.end, text, error)
 
-    def _fail_requests(self, error: ErrorInfo) -> None:
-        if self._core is None:
-            return
-        connections = self.clients.connections
-        failed = self._core.fail_all()
-        self.clients.deliver(self._core)
-        for number, request_id in failed:
-            connection = connections.numbered(number)
-            if connection is not None:
-                connections.reply(connection, Failed(request_id, error))
+
+_WORTH_A_WARNING = frozenset({"fault", "crash_loop", "quarantine", "poisoned", "numeric", "warning"})

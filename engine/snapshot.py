@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -26,23 +27,25 @@ def engine_status(engine: Coordinator, late_replies: int, now: float) -> EngineS
     replicas = tuple(core.replica_status()) if core is not None else ()
     return EngineStatus(
         state=engine.state.value,
-        term=engine.order.term,
-        supervisor=SupervisorStatus(engine.workers.membership.supervisor_pid),
+        term=engine.term,
+        supervisor=SupervisorStatus(engine.coordination.membership.supervisor_pid),
         coordinator=CoordinatorStatus(os.getpid(), engine.incarnation),
         groups=tuple(core.group_status()) if core is not None else (),
         replicas=replicas,
         ranks=_ranks(engine, now),
         requests=core.request_counts() if core is not None else RequestCounts(),
         counters=_counters(engine, late_replies),
-        journal="off",
+        journal=engine.keeping.state,
         kv_blocks=min((replica.blocks_total for replica in replicas), default=0),
+        faults=engine.coordination.faults.status(now, time.time()),
+        waiting_for=engine.coordination.membership.waiting_for,
     )
 
 
 def _ranks(engine: Coordinator, now: float) -> tuple[RankStatus, ...]:
     layout = engine.resolved.layout
     ranks: list[RankStatus] = []
-    for rank, record in sorted(engine.workers.membership.ranks.items()):
+    for rank, record in sorted(engine.coordination.membership.ranks.items()):
         place = layout.coordinates(rank)
         ranks.append(
             RankStatus(
@@ -56,11 +59,11 @@ def _ranks(engine: Coordinator, now: float) -> tuple[RankStatus, ...]:
                 host=record.host,
                 state=record.state.value,
                 step=max(record.step, record.replied),
-                step_age_s=engine.workers.clocks[record.group].age(rank, now),
+                step_age_s=engine.coordination.clocks[record.group].age(rank, now),
                 restarts=record.restarts,
                 last_fault=record.last_fault,
-                kv_blocks=record.ready.num_blocks if record.ready is not None else 0,
-                weight_bytes=record.ready.weight_bytes if record.ready is not None else 0,
+                kv_blocks=record.loaded.num_blocks if record.loaded is not None else 0,
+                weight_bytes=record.loaded.weight_bytes if record.loaded is not None else 0,
             )
         )
     return tuple(ranks)
@@ -72,12 +75,14 @@ def _counters(engine: Coordinator, late_replies: int) -> dict[str, int]:
     clients, workers = engine.clients, engine.workers
     counters.update(_prefixed("client_frames_", msgspec.structs.asdict(clients.router.statistics())))
     counters.update(_prefixed("worker_frames_", msgspec.structs.asdict(workers.router.statistics())))
-    counters.update(_prefixed("worker_messages_", workers.membership.refusals.as_dict()))
+    counters.update(_prefixed("worker_messages_", engine.coordination.membership.refusals.as_dict()))
     counters.update(clients.connections.counts.as_dict())
     counters["clients"] = len(clients.connections)
     counters["client_messages_unknown_peer"] = clients.unknown_peers
     counters["client_hellos_refused"] = clients.refused_hellos
     counters["late_call_replies"] = late_replies
+    counters.update(_prefixed("faults_", engine.coordination.faults.counts))
+    counters.update(_prefixed("journal_", engine.keeping.counters()))
     return counters
 
 

@@ -1,0 +1,48 @@
+"""Faults that ranks are to bring upon themselves, until they have: also those of processes still to be started."""
+
+from __future__ import annotations
+
+import msgspec
+
+from drumline.protocol.messages import FromWorkerSide, Inject, Injected, Injection, ToWorker, WelcomeWorker
+
+MAX_PENDING = 1024
+
+
+class Injections:
+    """By number. A rank is told its own with its Welcome and whenever they change; one that says Injected has had
+    it."""
+
+    def __init__(self) -> None:
+        self._pending: dict[int, Injection] = {}
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def add(self, injections: tuple[Injection, ...]) -> None:
+        """More of them; one with the number of another takes its place."""
+        for one in injections:
+            self._pending[one.number] = one
+
+    def clear(self) -> None:
+        """Forget those that have not come to pass."""
+        self._pending.clear()
+
+    def seen(self, message: FromWorkerSide) -> None:
+        """A rank says that one happens now."""
+        if isinstance(message, Injected):
+            self._pending.pop(message.number, None)
+
+    def of(self, rank: int) -> tuple[Injection, ...]:
+        """What ``rank`` has yet to do."""
+        return tuple(one for one in self._pending.values() if one.rank == rank)
+
+    def order(self, rank: int, term: int) -> Inject:
+        """The message that says so."""
+        return Inject(term, self.of(rank))
+
+    def into(self, rank: int, message: ToWorker) -> ToWorker:
+        """``message``, a Welcome with what the new process is to do."""
+        if isinstance(message, WelcomeWorker) and (own := self.of(rank)):
+            return msgspec.structs.replace(message, injections=own)
+        return message

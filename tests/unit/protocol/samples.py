@@ -18,7 +18,10 @@ from drumline.protocol.codec import Codec
 from drumline.protocol.errors import ErrorInfo
 
 GOLDEN_PATH = Path(__file__).with_name("golden.json")
-EARLIER_PATH = Path(__file__).with_name("golden_before_lanes.json")
+EARLIER_PATHS = (
+    Path(__file__).with_name("golden_before_lanes.json"),
+    Path(__file__).with_name("golden_before_recovery.json"),
+)
 
 UNIONS: dict[str, Any] = {
     "ToWorker": m.ToWorker,
@@ -84,7 +87,9 @@ CONFIG = m.WorkerConfig(
     runtime_dir="/run/drumline",
     first_local_rank=2,
     first_local_device=1,
+    coordinator_lease_s=60.0,
 )
+INJECTION = m.Injection(number=4, rank=1, kind="slow", point="decode", step=9, seconds=1.5, factor=3.0)
 ERROR = ErrorInfo(
     kind="request_failed",
     text="rank 1 died",
@@ -115,7 +120,7 @@ INFO = m.ModelInfo(
 LONG_PROMPT = np.arange(600, dtype=np.int32)
 
 SAMPLES: tuple[m.Message, ...] = (
-    m.WelcomeWorker(version=1, term=2, digest="0123456789abcdef", config=CONFIG),
+    m.WelcomeWorker(version=1, term=2, digest="0123456789abcdef", config=CONFIG, injections=(INJECTION,)),
     m.OpenStore(term=2, epoch=3, host="127.0.0.1", port=29500),
     m.Configure(
         term=2,
@@ -125,6 +130,9 @@ SAMPLES: tuple[m.Message, ...] = (
         store_host="127.0.0.1",
         store_port=40001,
         placement=np.array([[0, 1, 2, 3], [0, 2, 1, 3]], dtype=np.int32),
+        parked=(m.Member(2, "i-2"),),
+        slots=i32(3, 1),
+        fetches=np.array([[0, 3, 2, 1], [1, 1, -1, 0]], dtype=np.int32),
     ),
     m.Step(
         term=2,
@@ -142,7 +150,18 @@ SAMPLES: tuple[m.Message, ...] = (
     ),
     m.Call(term=2, epoch=3, call_id=9, method="stats", args=b"\x90"),
     m.Shutdown(term=2, reason="closed"),
-    m.HelloWorker(version=1, token="secret", rank=1, incarnation="i-1", pid=4242, host="node"),
+    m.HelloWorker(
+        version=1,
+        token="secret",
+        rank=1,
+        incarnation="i-1",
+        pid=4242,
+        host="node",
+        term=2,
+        epoch=3,
+        loaded=True,
+        digest="0123456789abcdef",
+    ),
     m.StoreReady(term=2, epoch=3, rank=0, host="127.0.0.1", port=40001),
     m.Ready(
         term=2,
@@ -156,10 +175,12 @@ SAMPLES: tuple[m.Message, ...] = (
         device="cpu",
     ),
     m.StepDone(term=2, epoch=3, rank=1, step=1000, tokens=i32(11, -1, 13), logprob_index=i32(0), logprobs=(LOGPROB,)),
-    m.Fault(term=2, epoch=3, rank=1, error=ERROR),
+    m.Fault(term=2, epoch=3, rank=1, error=ERROR, rows=(3, 4)),
     m.CallResult(term=2, epoch=3, call_id=9, rank=1, ok=False, value=b"", error=ERROR),
-    m.BeatWorker(term=2, epoch=3, rank=1, step=1000, collective=12, inside=True, load_done=5, load_total=10),
-    m.HelloClient(version=1, client_id="c-1"),
+    m.BeatWorker(
+        term=2, epoch=3, rank=1, step=1000, collective=12, inside=True, load_done=5, load_total=10, lease_s=60.0
+    ),
+    m.HelloClient(version=1, client_id="c-1", term=2),
     m.Submit(
         call_id=1,
         request_id="r1",
@@ -171,16 +192,34 @@ SAMPLES: tuple[m.Message, ...] = (
         ignore_eos=True,
         priority=-1,
         data_parallel_rank=1,
+        nonce="n-1",
+        durable=True,
+        client_params=b"{}",
     ),
     m.Stop(request_id="r1", index=0, num_tokens=12),
     m.Cancel(call_id=2, request_id="r1"),
     m.Ack(frame=16),
-    m.Resume(call_id=3, request_id="r1", positions=(4, 0)),
+    m.Resume(
+        call_id=3,
+        request_id="r1",
+        positions=(4, 0),
+        tokens=(i32(4, 5), i32()),
+        submit=m.Submit(call_id=0, request_id="r1", prompt=i32(1, 2, 3), sampling=SAMPLING, max_tokens=64),
+    ),
     m.StatusQuery(call_id=4),
     m.CallRanks(call_id=5, method="ping", args=b"\x90", timeout_s=2.5),
     m.BeatClient(client_id="c-1"),
     m.Goodbye(client_id="c-1"),
-    m.WelcomeClient(version=1, term=2, digest="0123456789abcdef", info=INFO, tokenizer=b"{}"),
+    m.WelcomeClient(
+        version=1,
+        term=2,
+        digest="0123456789abcdef",
+        info=INFO,
+        tokenizer=b"{}",
+        knows_all=False,
+        fault_injection=True,
+        resume_window_s=30.0,
+    ),
     m.Accepted(call_id=1, request_id="r1", handles=i32(3, 4), seed=99, num_cached_tokens=16),
     m.Rejected(call_id=1, request_id="r1", error=ERROR),
     m.Tokens(
@@ -195,7 +234,22 @@ SAMPLES: tuple[m.Message, ...] = (
     m.Cancelled(call_id=2, request_id="r1"),
     m.Failed(request_id="r1", error=ERROR),
     m.StatusReport(call_id=4, status=b"{}"),
-    m.Event(kind="loading", text="rank 1", rank=1, done=5, total=10),
+    m.Event(
+        kind="fault",
+        text="rank 1",
+        rank=1,
+        done=5,
+        total=10,
+        group=1,
+        incarnation="i-1",
+        epoch=3,
+        step=44,
+        fault="exit",
+        evidence="signal 9",
+        seconds=0.5,
+        term=2,
+        request_ids=("r1",),
+    ),
     m.CallRanksResult(call_id=5, answers=(m.RankAnswer(0, True, b"\xc0"), m.RankAnswer(1, False, b"", ERROR))),
     m.Behind(frame=80),
     m.Resumed(
@@ -206,16 +260,63 @@ SAMPLES: tuple[m.Message, ...] = (
         tokens=(i32(4, 5), i32()),
         ends=(END,),
         logprobs=((LOGPROB,), ()),
+        client_params=b"{}",
+        seed=99,
+        max_tokens=64,
     ),
     m.LayoutQuery(call_id=6),
     m.LayoutFacts(call_id=6, question=b"{}", placement=np.array([[0, 1], [1, 0]], dtype=np.int32)),
-    m.HelloSupervisor(version=1, token="secret", pid=4241),
+    m.HelloSupervisor(version=1, token="secret", pid=4241, members=(m.Started(1, 4242, "secret"),)),
     m.Exited(rank=1, pid=4242, code=-9, signal=9, stderr_tail="Killed"),
     m.Spawned(rank=1, pid=4242),
     m.Spawn(rank=1, token="secret"),
     m.Kill(rank=1, pid=4242),
     m.Stopping(reason="closed", error=ERROR),
     m.Beat(pid=4241),
+    m.Leave(term=2, epoch=3),
+    m.Load(term=2, experts=np.array([[0, 1], [-1, -1]], dtype=np.int32), num_blocks=4096),
+    m.Inject(term=2, injections=(INJECTION,)),
+    m.Loaded(
+        term=2,
+        rank=1,
+        digest="0123456789abcdef",
+        num_blocks=4096,
+        block_bytes=65536,
+        weight_bytes=1 << 34,
+        load_s=1.5,
+        device="cpu",
+        free_bytes=1 << 33,
+    ),
+    m.Left(
+        term=2,
+        epoch=3,
+        rank=1,
+        held=np.array([[0, 1], [-1, -1]], dtype=np.int32),
+        num_blocks=4096,
+        free_bytes=1 << 33,
+    ),
+    m.Injected(term=2, rank=1, incarnation="i-1", number=4, text="slow in step 9"),
+    m.InjectFaults(
+        call_id=7,
+        injections=(INJECTION,),
+        messages=(
+            m.MessageFault(
+                kind="delay",
+                direction="to_worker",
+                messages=("Step",),
+                ranks=(1,),
+                probability=0.5,
+                seed=3,
+                seconds=0.1,
+                lasting_s=5.0,
+                times=9,
+            ),
+        ),
+        clear=True,
+        full_disk=1,
+    ),
+    m.FaultsInjected(call_id=7, error=ERROR),
+    m.Notice(kind="journal", text="degraded"),
 )
 
 

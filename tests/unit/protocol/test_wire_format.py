@@ -14,7 +14,7 @@ import pytest
 from drumline.protocol import messages as m
 from drumline.protocol.codec import Codec, DecodeError
 
-from .samples import ALL_MESSAGES, ANY_MESSAGE, EARLIER_PATH, SAMPLES, UNIONS, i32, plain, read_golden
+from .samples import ALL_MESSAGES, ANY_MESSAGE, EARLIER_PATHS, SAMPLES, UNIONS, i32, plain, read_golden
 
 CODEC: Codec[Any] = Codec(ANY_MESSAGE)
 BY_NAME = {type(sample).__name__: sample for sample in SAMPLES}
@@ -94,14 +94,17 @@ def test_fields_that_a_newer_build_appended_are_passed_over(name: str) -> None:
     assert plain(CODEC.decode([newer, *frames[1:]])) == plain(BY_NAME[name])
 
 
-def test_bytes_from_before_there_were_lanes_still_decode() -> None:
-    for name, frames in json.loads(EARLIER_PATH.read_text()).items():
+@pytest.mark.parametrize("path", EARLIER_PATHS, ids=lambda path: path.stem)
+def test_bytes_of_earlier_builds_still_decode(path: Path) -> None:
+    for name, frames in json.loads(path.read_text()).items():
         decoded = CODEC.decode([bytes.fromhex(frame) for frame in frames])
         assert type(decoded).__name__ == name
-        if isinstance(decoded, m.Step):
+        if path is EARLIER_PATHS[0] and isinstance(decoded, m.Step):
             assert (decoded.lane, decoded.admitted[0].lane) == (0, 0)
-        if isinstance(decoded, m.OpenStore):
+        if path is EARLIER_PATHS[0] and isinstance(decoded, m.OpenStore):
             assert decoded.port == 0
+        if isinstance(decoded, m.Configure):
+            assert (decoded.parked, len(decoded.slots), decoded.fetches.shape) == ((), 0, (0, 4))
 
 
 def test_a_message_of_another_direction_is_not_taken() -> None:

@@ -236,12 +236,14 @@ class Coordinator:
             return ErrorInfo(kind="request_failed", text=text, retryable=True)
         return None
 
-    def changed(self, now: float) -> None:
-        """Plan and send steps while there are any, then deliver, then do what can wait."""
+    def changed(self, now: float, serve: bool = True) -> None:
+        """Plan and send steps while there are any; with ``serve`` then deliver, and do what can wait."""
         if self._ended.is_set():
             return
         self.coordination.plan(now)
         self._carry_out(now)
+        if not serve:
+            return
         core = self.core
         if core is not None and not self._ended.is_set():
             self.clients.deliver(core)

@@ -38,7 +38,7 @@ take many times its size in memory."""
 
 class WorkerPort:
     """Workers and supervisor of one engine. ``read_clock`` gives the time of the coordinator's running clock;
-    ``changed`` is called after every message that was received, ``launch`` is how ranks are started that are not
+    ``changed(now, serve)`` is called after every message that was received, ``serve``: clients should be served, ``launch`` is how ranks are started that are not
     started here."""
 
     def __init__(
@@ -47,7 +47,7 @@ class WorkerPort:
         endpoint: str,
         coordination: Coordination,
         read_clock: Callable[[], float],
-        changed: Callable[[float], None],
+        changed: Callable[[float, bool], None],
         launch: ExternalLaunch | None,
         fault_injection: bool,
     ) -> None:
@@ -84,8 +84,8 @@ class WorkerPort:
     def _take(self, peer: bytes, message: FromWorkerSide) -> None:
         now = self._now()
         self.injections.seen(message)
-        self.coordination.from_workers(peer, message, now)
-        self._changed(now)
+        serve = self.coordination.from_workers(peer, message, now)
+        self._changed(now, serve)
 
     def tick(self, now: float) -> None:
         """Deadlines, and the beat that the supervisor waits for."""

@@ -91,12 +91,16 @@ class Coordination:
 
     # ------------------------------------------------------------------------------------------------- what comes in
 
-    def from_workers(self, peer: bytes, message: FromWorkerSide, now: float) -> None:
-        """Anything from a rank or the supervisor. What is to be done about it is in :meth:`take`."""
+    def from_workers(self, peer: bytes, message: FromWorkerSide, now: float) -> bool:
+        """Anything from a rank or the supervisor. What is to be done about it is in :meth:`take`.
+
+        Returns whether clients should be served now: not yet after a reply to a step that others still owe replies to,
+        because the tokens of all replicas are booked together.
+        """
         membership = self.membership
         if isinstance(message, StepDone):
-            self._step_done(peer, message, now)
-        elif isinstance(message, CallResult):
+            return self._step_done(peer, message, now)
+        if isinstance(message, CallResult):
             if membership.accepts(peer, message):
                 self.clocks[self._group_of[message.rank]].answered(message.call_id, now)
                 self._out.append(Called(message))
@@ -108,6 +112,7 @@ class Coordination:
                 self._from_owner(message, now)
         else:
             self._react(membership.receive(peer, message, now), now)
+        return True
 
     def _from_owner(self, message: Spawned | Exited | Stopping | Beat, now: float) -> None:
         if isinstance(message, Spawned):
@@ -117,15 +122,15 @@ class Coordination:
         elif isinstance(message, Stopping):
             self._out.append(Ended(message.reason, message.error))
 
-    def _step_done(self, peer: bytes, message: StepDone, now: float) -> None:
+    def _step_done(self, peer: bytes, message: StepDone, now: float) -> bool:
         membership, core, rank = self.membership, self.core, message.rank
         if core is None or not membership.accepts(peer, message):
-            return
+            return True
         group = self._group_of[rank]
         clock = self.clocks[group]
         if not clock.owes(rank, message.step):
             membership.refusals.out_of_order += 1
-            return
+            return False
         replica = self._answers_for.get(rank)
         try:
             if replica is not None:
@@ -134,7 +139,7 @@ class Coordination:
                 check_acknowledgement(message)
         except ProtocolError as error:
             self._impossible_reply(rank, message.step, error.text, now)
-            return
+            return True
         membership.step_done(rank, message.step)
         complete = clock.done(rank, message.step, now)
         if complete and group in self._joining:
@@ -143,6 +148,8 @@ class Coordination:
             self.plan(now)
         if complete and self._suspicion:
             self._suspicion.look(core)
+            self._out.extend(self._suspicion.take())
+        return complete
 
     def unreachable(self, rank: int, text: str, now: float) -> None:
         """Something could not be sent to ``rank``."""

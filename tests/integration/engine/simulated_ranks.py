@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from drumline.engine.launch.order import Order
 from drumline.engine.resolve import resolve
 from drumline.protocol.codec import Codec, config_digest
 from drumline.protocol.errors import EngineClosed, ErrorInfo
+from drumline.protocol.layout import slots_per_rank
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
     Accepted,
@@ -29,7 +31,12 @@ from drumline.protocol.messages import (
     Failed,
     HelloClient,
     HelloSupervisor,
+    I32Matrix,
     HelloWorker,
+    Leave,
+    Left,
+    Load,
+    Loaded,
     Message,
     OpenStore,
     Ready,
@@ -59,20 +66,23 @@ PROMPT = tuple(range(5, 12))
 SEED = 3
 TOKEN = "the supervisor's"
 PATIENCE_S = 10.0
+FREE = 1 << 30
+NOTHING_HELD: I32Matrix = np.zeros((0, 0), dtype=np.int32)
 
 
 class SimulatedRank:
     """Speaks a worker's side of the protocol: the reporting rank of a replica answers with tokens, the others
-    acknowledge. ``answer`` may be replaced to misbehave. ``steps`` counts those it has run,
+    acknowledge. What it has computed it keeps from one epoch to the next. ``answer`` may be replaced to misbehave. ``steps`` counts those it has run,
     ``sampled`` the tokens it has answered with."""
 
     def __init__(self, engine: SimulatedEngine, rank: int, token: str) -> None:
         self.engine = engine
         self.rank = rank
-        self.incarnation = f"inc-{rank}"
+        self.incarnation = f"inc-{rank}-{uuid.uuid4().hex[:8]}"
         self.dealer: Dealer[ToWorker] = Dealer(engine.context, engine.order.worker_endpoint, Codec(ToWorker))
         self.config: WorkerConfig | None = None
         self.worker: SimWorker | None = None
+        self.held = NOTHING_HELD
         self.answer: Callable[[StepDone], StepDone | None] = lambda done: done
         self.answers_calls = True
         self.steps = self.sampled = 0
@@ -93,6 +103,10 @@ class SimulatedRank:
     def _reply(self, message: ToWorker) -> Message | None:
         if isinstance(message, WelcomeWorker):
             self.config = message.config
+        elif isinstance(message, Load):
+            return self._load(message)
+        elif isinstance(message, Leave):
+            return Left(message.term, message.epoch, self.rank, self.held, self.engine.num_blocks(self.rank), FREE)
         elif isinstance(message, OpenStore):
             return StoreReady(message.term, message.epoch, self.rank, "127.0.0.1", 1)
         elif isinstance(message, Configure):
@@ -115,14 +129,40 @@ class SimulatedRank:
         self.sampled += len(done.tokens)
         return self.answer(done)
 
+    def _load(self, message: Load) -> Message:
+        assert self.config is not None
+        self.held = message.experts
+        blocks = self.engine.num_blocks(self.rank)
+        return Loaded(message.term, self.rank, config_digest(self.config), blocks, 4096, 1000, 0.1, "cpu", FREE)
+
     def _configure(self, message: Configure) -> Message:
         assert self.config is not None
         resolved = self.engine.coordinator.resolved
-        place = resolved.layout.replica_of(self.rank) % resolved.core.replicas_per_group
+        layout = resolved.layout
+        replica = layout.replica_of(self.rank)
+        computing = sorted({layout.replica_of(member.rank) for member in message.members})
+        place = computing.index(replica) if replica in computing else -1
         blocks = self.engine.num_blocks(self.rank)
+        before = self.worker
         self.worker = SimWorker(resolved.core, self.rank, place, blocks, message.term, message.epoch)
+        if before is not None:
+            self.worker.slots = before.slots
+        self.held = self._held(message)
         digest = config_digest(self.config)
         return Ready(message.term, message.epoch, self.rank, digest, blocks, 4096, 1000, 0.1)
+
+    def _held(self, message: Configure) -> I32Matrix:
+        """What stands in this rank's slots now: whole experts are shared out over the ranks that compute."""
+        members = [member.rank for member in message.members]
+        layout = self.engine.coordinator.resolved.layout
+        if self.rank not in members or not layout.enable_expert_parallel:
+            return self.held
+        size = layout.tensor_parallel_size
+        stage = layout.coordinates(self.rank).pp_rank
+        holders = [rank for rank in members if layout.coordinates(rank).pp_rank == stage]
+        slots = message.slots.tolist() or slots_per_rank(message.placement.shape[1], len(members) // size * size)
+        first = sum(slots[: holders.index(self.rank)])
+        return message.placement[:, first : first + slots[holders.index(self.rank)]]
 
     def beat(self, step: int = 0, inside: bool = False) -> None:
         self.dealer.send(BeatWorker(1, 1, self.rank, step, 0, inside))
@@ -237,7 +277,7 @@ class SimulatedEngine:
         self.supervisor.send(HelloSupervisor(PROTOCOL_VERSION, TOKEN, 1))
         spawns: list[Spawn] = []
         async with asyncio.timeout(PATIENCE_S):
-            while len(spawns) < len(self.coordinator.workers.membership.ranks):
+            while len(spawns) < len(self.coordinator.coordination.membership.ranks):
                 message = await self.supervisor.recv()
                 if isinstance(message, Spawn):
                     spawns.append(message)

@@ -184,12 +184,12 @@ class BatchTable:
             tokens[-1] = self.tail[row]
         return tokens
 
-    def take_blocks(self, row: int) -> I64:
-        """The blocks of the row, in order, which it has no longer."""
+    def take_blocks(self, row: int, kept: int = 0) -> I64:
+        """The blocks of the row, in order, which it has no longer: all but the first ``kept``."""
         count = int(self.num_blocks[row])
-        blocks = self.blocks[row, :count].astype(np.int64)
-        self.blocks[row, :count] = 0
-        self.num_blocks[row] = 0
+        blocks = self.blocks[row, kept:count].astype(np.int64)
+        self.blocks[row, kept:count] = 0
+        self.num_blocks[row] = min(kept, count)
         return blocks
 
     def clear(self, row: int) -> None:

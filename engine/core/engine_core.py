@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Ordered
 
 import numpy as np
@@ -95,11 +96,41 @@ class EngineCore:
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
-    def open_epoch(self, group: int, epoch: int) -> None:
-        """The group's workers are ready, with empty tables. Steps are numbered from 0 again."""
+    def close_epoch(self, group: int, lost: Collection[int], now: float) -> None:
+        """The group's epoch has ended: what is in flight is void, and no step of it is planned until
+        :meth:`open_epoch`. ``lost``: replicas, counted within the group, whose KV is gone. Their sequences go on
+        elsewhere where any replica serves that they fit, a pinned one too: a pin is a wish, that nothing is lost is the
+        promise. Else they wait. May be called again while the group is closed."""
         self._settle()
-        self._book.rows_freed(self._groups[group].open_epoch(epoch))
+        self._book.rows_freed(self._groups[group].close_epoch(lost))
+        self._resettle()
+
+    def open_epoch(
+        self, group: int, epoch: int, serving: Collection[int] | None = None, kept: Collection[int] = ()
+    ) -> None:
+        """The workers of the replicas ``serving`` (counted within the group, None: all) are ready, with empty tables.
+        Steps are numbered from 0 again. ``kept``: those that still have the KV of every row that they had.
+
+        Raises ``ValueError`` unless ``epoch`` is newer and ``kept`` are among ``serving``."""
+        self._settle()
+        one = self._groups[group]
+        self._book.rows_freed(one.open_epoch(epoch, range(one.replicas) if serving is None else serving, kept))
+        self._resettle()
+
+    def hold(self, group: int, held: bool) -> None:
+        """While held the group plans no step; those in flight finish."""
+        self._groups[group].held = held
         self._ready.add(group)
+
+    def in_flight(self, group: int) -> int:
+        """Steps of the group that some replica has not answered."""
+        return self._groups[group].unanswered
+
+    @property
+    def serving(self) -> frozenset[int]:
+        """The replicas that compute now, by their numbers over all groups."""
+        together = self._per_group
+        return frozenset(i * together + one for i, group in enumerate(self._groups) for one in group.serving)
 
     def plan(self, now: float) -> list[tuple[int, Step]]:
         """One step of one group, for all its replicas, as (replica, step); nothing when none may or need be planned."""
@@ -111,7 +142,7 @@ class EngineCore:
                 steps = group.plan()
                 if steps:
                     first = index * self._per_group
-                    return [(first + i, step) for i, step in enumerate(steps)]
+                    return [(first + replica, step) for replica, step in steps]
             self._ready.discard(index)
         return []
 
@@ -220,6 +251,12 @@ class EngineCore:
         self._book.endings(endings)
         self._book.rows_freed(group.release())
         group.update_wave()
+
+    def _resettle(self) -> None:
+        self._book.dispatch.resettle()
+        for group in self._groups:
+            group.update_wave()
+        self._ready.update(range(len(self._groups)))
 
     def _release(self) -> None:
         """Frees what can be freed after sequences were ended from outside."""

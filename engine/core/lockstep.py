@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Set
 
 import numpy as np
 
@@ -35,6 +36,11 @@ class LockstepGroup:
         self.replicas = len(num_blocks)
         self.term = term
         self.epoch = -1
+        # Which replicas compute in the open epoch, ascending: nobody while none is open.
+        self.serving: tuple[int, ...] = ()
+        # Replicas without rows, whose sequences had better go elsewhere: they do not serve, or have lost their KV.
+        self.away = frozenset(range(len(num_blocks)))
+        self.held = False
         self.pool = BlockPool(num_blocks)
         self.table = BatchTable(
             self.replicas,
@@ -61,37 +67,76 @@ class LockstepGroup:
 
     # ----------------------------------------------------------------------------------------------------------- epoch
 
-    def open_epoch(self, epoch: int) -> list[Sequence]:
-        """Starts numbering steps anew. What is in flight is void; every unfinished sequence is recomputed from its
-        last acknowledged token, by workers that hold nothing.
+    def close_epoch(self, lost: Collection[int]) -> list[Sequence]:
+        """What is in flight is void; every row stands at its last acknowledged token. What plans have decided stands:
+        what they preempted waits, and blocks that they gave away are not given back. The KV of the replicas ``lost`` is
+        gone, so their sequences leave their rows and wait.
 
-        Returns the sequences that held rows. Raises ``ValueError`` unless ``epoch`` is newer.
+        Answers that have come must have been settled. Returns the sequences that held rows and do so no longer.
         """
-        if epoch <= self.epoch:
-            raise ValueError(f"epoch {epoch} after epoch {self.epoch}")
-        self.epoch = epoch
+        self._check_replicas(lost)
+        self.serving = ()
+        self.away |= frozenset(lost)
         self.next_step = 0
         self.in_flight.clear()
         self._acknowledged = [-1] * self.replicas
         self.answers_wait = False
-        freed = self.residence.reset()
-        self.scheduler.requeue(freed)
-        if self.cache is not None:
-            for replica in range(self.replicas):
-                self.cache.forget(replica)
+        freed = self._step_back(frozenset(lost))
+        for replica in lost if self.cache is not None else ():
+            self.cache.forget(replica)
+        self.scheduler.serve(())
         self.update_wave()
         return freed
+
+    def open_epoch(self, epoch: int, serving: Collection[int], kept: Collection[int]) -> list[Sequence]:
+        """Steps are planned from here on, numbered anew, for the replicas ``serving``. Of those only ``kept`` still
+        have the KV that they had: the first plan states their rows anew. Everything else starts without rows, its
+        sequences waiting.
+
+        Returns the sequences that held rows and do so no longer. Raises ``ValueError`` unless ``epoch`` is newer and
+        the replicas exist, serve if they are kept, and are at least one.
+        """
+        if epoch <= self.epoch:
+            raise ValueError(f"epoch {epoch} after epoch {self.epoch}")
+        self._check_replicas(serving)
+        if not serving or not set(kept) <= set(serving):
+            raise ValueError(f"replicas {sorted(serving)} serve, of which {sorted(kept)} are kept")
+        freed = self.close_epoch(())
+        rowless = frozenset(range(self.replicas)) - frozenset(kept)
+        freed += self._step_back(rowless)
+        for replica in rowless & frozenset(serving) if self.cache is not None else ():
+            self.cache.forget(replica)
+        self.epoch = epoch
+        self.serving = tuple(sorted(serving))
+        self.away = frozenset(range(self.replicas)) - frozenset(serving)
+        self.scheduler.serve(serving)
+        self._cache_due = True
+        return freed
+
+    def _step_back(self, lost: Collection[int]) -> list[Sequence]:
+        freed = self.residence.void(lost)
+        self.scheduler.restart(self.residence.step_back(), freed)
+        return freed
+
+    def _check_replicas(self, replicas: Collection[int]) -> None:
+        if not set(replicas) <= set(range(self.replicas)):
+            raise ValueError(f"replicas {sorted(replicas)} of {self.replicas}")
 
     # ------------------------------------------------------------------------------------------------------------ step
 
     @property
     def may_plan(self) -> bool:
-        """Whether an epoch is open and fewer steps than allowed lack an answer."""
-        unanswered = sum(1 for record in self.in_flight if record.missing)
-        return self.epoch >= 0 and unanswered < self.config.steps_in_flight
+        """Whether an epoch is open, nobody holds it, and fewer steps than allowed lack an answer."""
+        return bool(self.serving) and not self.held and self.unanswered < self.config.steps_in_flight
 
-    def plan(self) -> list[Step]:
-        """The next step for every replica of the group, or nothing: too many in flight, or nobody has work.
+    @property
+    def unanswered(self) -> int:
+        """Steps in flight that some replica has not answered."""
+        return sum(1 for record in self.in_flight if record.missing)
+
+    def plan(self) -> list[tuple[int, Step]]:
+        """The next step for every replica that serves, as (replica, step), or nothing: too many in flight, or nobody
+        has work.
 
         A replica without work gets a dummy step while any other has some.
         """
@@ -103,57 +148,91 @@ class LockstepGroup:
         number = self.next_step
         evictions = self.residence.evictions
         self.residence.evictions = [[] for _ in range(self.replicas)]
+        restated: dict[int, tuple[Admit, ...]] = {}
+        if number == 0:
+            # No worker has a row yet, so there is nothing to evict, and every row that is not new is stated anew.
+            evictions = [[] for _ in range(self.replicas)]
+            restated = {replica: self._restate(plan, replica) for replica in self.serving}
         rows, fills = self.scheduler.book(plan, number)
-        steps = self._messages(plan, number, evictions)
+        serving = self.serving
+        tokens = plan.tokens if len(serving) == self.replicas else plan.tokens[list(serving)]
+        steps = self._messages(plan, number, evictions, tokens, restated)
         admitted = [len(plan.admissions.get(replica, ())) for replica in range(self.replicas)]
         bounds: list[int] = self.table.bounds(rows).tolist() if rows is not plan.decoding else plan.bounds.tolist()
-        tokens = np.empty(len(rows), dtype=np.int32)
-        self.in_flight.append(InFlight(number, rows, bounds, fills, admitted, tokens, self.replicas))
+        sampled = np.empty(len(rows), dtype=np.int32)
+        self.in_flight.append(InFlight(number, rows, bounds, fills, admitted, sampled, len(serving), len(serving)))
         self.next_step += 1
         self.steps += 1
-        self.dummy_steps += self.replicas - int(np.count_nonzero(plan.tokens))
+        self.dummy_steps += len(serving) - int(np.count_nonzero(tokens))
         attn_dp = self.config.attention_data_parallel_size
         if attn_dp > 1:
-            self.gathers.note(plan.tokens, attn_dp, self.config.attention_tensor_parallel_size)
+            self.gathers.note(tokens, attn_dp, self.config.attention_tensor_parallel_size)
         return steps
 
-    def _messages(self, plan: Plan, number: int, evictions: list[list[int]]) -> list[Step]:
+    def _messages(
+        self,
+        plan: Plan,
+        number: int,
+        evictions: list[list[int]],
+        tokens: I32,
+        restated: dict[int, tuple[Admit, ...]],
+    ) -> list[tuple[int, Step]]:
         rows_per_replica = self.table.rows_per_replica
         wave = self.wave.step()
         owner = plan.grown // rows_per_replica
         grown_rows = (plan.grown - owner * rows_per_replica).astype(np.int32)
         grown_blocks = (plan.blocks - np.asarray(self.pool.first)[owner]).astype(np.int32)
         bounds: list[int] = plan.grown_bounds.tolist()
-        plan.tokens.setflags(write=False)
-        steps: list[Step] = []
-        for replica in range(self.replicas):
+        tokens.setflags(write=False)
+        steps: list[tuple[int, Step]] = []
+        for replica in self.serving:
             span = slice(bounds[replica], bounds[replica + 1])
             appended, blocks = grown_rows[span], grown_blocks[span]
             admitted: tuple[Admit, ...] = ()
             prefill_rows = prefill_counts = _NONE
             if replica in plan.chunks or replica in plan.admissions:
-                appended, blocks = self._with_chunks(plan, replica, appended, blocks)
+                if number > 0:
+                    appended, blocks = self._with_chunks(plan, replica, appended, blocks)
                 admitted = self._admits(plan, replica)
                 prefill_rows, prefill_counts = self._prefills(plan, replica)
+            if replica in restated:
+                admitted = (*restated[replica], *admitted)
             gone = evictions[replica]
             evicted = np.asarray([self._local(row) for row in gone], dtype=np.int32) if gone else _NONE
-            steps.append(
-                Step(
-                    self.term,
-                    self.epoch,
-                    wave,
-                    number,
-                    plan.tokens,
-                    evicted,
-                    admitted,
-                    appended,
-                    blocks,
-                    prefill_rows,
-                    prefill_counts,
-                    plan.lane,
-                )
+            step = Step(
+                self.term,
+                self.epoch,
+                wave,
+                number,
+                tokens,
+                evicted,
+                admitted,
+                appended,
+                blocks,
+                prefill_rows,
+                prefill_counts,
+                plan.lane,
             )
+            steps.append((replica, step))
         return steps
+
+    def _restate(self, plan: Plan, replica: int) -> tuple[Admit, ...]:
+        """Rows that were in use before the epoch, with the blocks that they have by this plan, whatever their lane."""
+        new = {admission.sequence for admission in plan.admissions.get(replica, ())}
+        table = self.table
+        return tuple(
+            Admit(
+                self._local(sequence.row),
+                sequence.tokens,
+                len(sequence.request.prompt),
+                int(table.filled[sequence.row]),
+                self._local_blocks(replica, table.blocks[sequence.row, : table.num_blocks[sequence.row]]),
+                sequence.request.spec(sequence.index),
+                sequence.lane,
+            )
+            for sequence in self.scheduler.prefills.of(replica)
+            if sequence not in new
+        )
 
     def _with_chunks(self, plan: Plan, replica: int, rows: I32, blocks: I32) -> tuple[I32, I32]:
         more_rows, more_blocks = [rows], [blocks]
@@ -184,7 +263,7 @@ class LockstepGroup:
     def _local(self, row: int) -> int:
         return row % self.table.rows_per_replica
 
-    def _local_blocks(self, replica: int, blocks: I64) -> I32:
+    def _local_blocks(self, replica: int, blocks: I32 | I64) -> I32:
         return (blocks - self.pool.first[replica]).astype(np.int32)
 
     # --------------------------------------------------------------------------------------------------------- results
@@ -196,6 +275,9 @@ class LockstepGroup:
         The answers of all replicas that have come are booked together by :meth:`settle`, in a few array operations.
         """
         due = self._acknowledged[replica] + 1
+        if replica in self.away or not self.serving:
+            text = f"rank {done.rank}: step {done.step} came back from a replica that does not serve"
+            raise ProtocolError(text, ErrorInfo(kind=ProtocolError.kind, text=text, rank=done.rank, epoch=done.epoch))
         if (done.term, done.epoch, done.step) != (self.term, self.epoch, due) or due >= self.next_step:
             found = f"term {done.term}, epoch {done.epoch}, step {done.step}"
             valid = f"step {due}" if due < self.next_step else f"none before step {due} is sent"
@@ -232,6 +314,11 @@ class LockstepGroup:
         """A new sequence waits for its turn."""
         self.unfinished += 1
         self.scheduler.add(sequence)
+
+    def leave(self, sequences: Set[Sequence]) -> None:
+        """Waiting sequences that hold no rows go to another replica, of this group or another."""
+        self.unfinished -= len(sequences)
+        self.scheduler.remove(sequences)
 
     def end(self, sequence: Sequence) -> None:
         """Takes the sequence out. Its blocks are free for the next step; its row follows with :meth:`release`."""

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from drumline.engine.core.batch_table import BatchTable
 from drumline.engine.core.request import Sequence
 
 
 class Prefills:
-    """The sequences in prefill of every replica of a lockstep group."""
+    """The sequences in prefill of every replica of a lockstep group. Unless ``chunked``, each is computed in one
+    step."""
 
-    def __init__(self, table: BatchTable) -> None:
+    def __init__(self, table: BatchTable, chunked: bool) -> None:
         self._table = table
+        self._chunked = chunked
         self._sequences: list[list[Sequence]] = [[] for _ in range(table.replicas)]
 
     def any(self, replica: int) -> bool:
         """Whether a row of the replica is in prefill, whatever its lane."""
         return bool(self._sequences[replica])
+
+    def count(self, replica: int, lane: int) -> int:
+        """How many sequences of the lane are in prefill."""
+        return sum(sequence.lane == lane for sequence in self._sequences[replica])
 
     def add(self, sequence: Sequence) -> None:
         """The sequence has entered a row."""
@@ -26,10 +34,16 @@ class Prefills:
         if sequence in self._sequences[sequence.replica]:
             self._sequences[sequence.replica].remove(sequence)
 
-    def clear(self) -> None:
-        """All rows are empty."""
-        for sequences in self._sequences:
-            sequences.clear()
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """These and no others are in prefill."""
+        for before in self._sequences:
+            before.clear()
+        for sequence in sequences:
+            self.add(sequence)
+
+    def of(self, replica: int) -> list[Sequence]:
+        """The sequences of the replica that are in prefill, whatever their lanes."""
+        return list(self._sequences[replica])
 
     def chunks(self, replica: int, lane: int, budget: int) -> list[tuple[Sequence, int]]:
         """Sequences of the lane, the most deserving first, and how much of each a budget of tokens lets compute."""
@@ -37,8 +51,9 @@ class Prefills:
         for sequence in sorted(self._sequences[replica], key=_order):
             if sequence.lane != lane:
                 continue
-            count = min(len(sequence.tokens) - sequence.computed, budget)
-            if count == 0:
+            left = len(sequence.tokens) - sequence.computed
+            count = min(left, budget)
+            if count == 0 or (count < left and not self._chunked):
                 break
             chunks.append((sequence, count))
             budget -= count

@@ -7,12 +7,12 @@ import numpy as np
 
 from drumline.engine.core.admission import check_rank, check_submit
 from drumline.engine.core.config import CoreConfig
+from drumline.engine.core.dispatch import Dispatch
 from drumline.engine.core.lockstep import LockstepGroup
 from drumline.engine.core.outputs import Outbox
 from drumline.engine.core.prefix_cache import PrefixHasher
 from drumline.engine.core.request import Place, Request, Sequence
 from drumline.engine.core.results import Ending
-from drumline.engine.core.router import Router
 from drumline.protocol.errors import DrumlineError, DuplicateRequest, InvalidRequest, QueueFull
 from drumline.protocol.messages import Accepted, Cancel, Rejected, Resume, Resumed, Stop, StreamEnd, Submit
 from drumline.protocol.status import RequestCounts
@@ -34,8 +34,7 @@ class RequestBook:
         self._groups = groups
         self._hasher = hasher
         self._random = random
-        self._kv_tokens = np.concatenate([group.pool.num_blocks for group in groups]) * config.block_size
-        self._router = Router(config.num_replicas)
+        self.dispatch = Dispatch(config, groups)
         self._requests: dict[str, Request] = {}
         self._connections: dict[int, dict[str, Request]] = {}
         self._arrivals = 0
@@ -65,8 +64,8 @@ class RequestBook:
     def _admit(self, connection: int, msg: Submit) -> Request:
         config = self._config
         check_rank(config, msg.data_parallel_rank)
-        replicas = self._candidates(msg.data_parallel_rank)
-        check_submit(config, msg, int(self._kv_tokens[replicas].max()))
+        dispatch = self.dispatch
+        check_submit(config, msg, int(dispatch.kv_tokens[dispatch.wished(msg.data_parallel_rank)].max()))
         if msg.request_id in self._requests:
             raise DuplicateRequest(f"request id {msg.request_id!r} is live already")
         waiting = sum(len(queue) for group in self._groups for queue in group.scheduler.waiting)
@@ -76,7 +75,7 @@ class RequestBook:
             )
         prompt = np.ascontiguousarray(msg.prompt)
         states = None if self._hasher is None else self._hasher.states(prompt)
-        replica = self._route(prompt, states, replicas)
+        replica = dispatch.choose(prompt, states, msg.data_parallel_rank)
         seed = msg.sampling.seed if msg.seed_given else int(self._random.integers(0, 2**63 - 1))
         stops = dict.fromkeys(msg.sampling.stop_token_ids)
         if not msg.ignore_eos:
@@ -93,49 +92,12 @@ class RequestBook:
             unended=msg.n,
         )
         # The last token needs no KV entry: a sequence alone in the pool may reach one token more than the blocks hold.
-        longest = min(len(prompt) + msg.max_tokens, config.max_model_len, int(self._kv_tokens[replica]) + 1)
+        longest = min(len(prompt) + msg.max_tokens, config.max_model_len, int(dispatch.kv_tokens[replica]) + 1)
         for index in range(msg.n):
             sequence = Sequence(request, index, self._next_stream(), self._arrivals, local, prompt, longest)
             self._arrivals += 1
             request.sequences.append(sequence)
         return request
-
-    def _candidates(self, dp_rank: int) -> slice:
-        """The attention replicas that may serve a request: those of engine replica ``dp_rank``, all for -1."""
-        if dp_rank < 0:
-            return slice(0, self._config.num_replicas)
-        size = self._config.attention_data_parallel_size
-        return slice(dp_rank * size, (dp_rank + 1) * size)
-
-    def _route(
-        self,
-        prompt: np.ndarray[tuple[int, ...], np.dtype[np.int32]],
-        states: np.ndarray[tuple[int, ...], np.dtype[np.uint64]] | None,
-        replicas: slice,
-    ) -> int:
-        if replicas.stop - replicas.start == 1:
-            return int(replicas.start)
-        waiting: list[int] = []
-        running: list[int] = []
-        unacknowledged: list[int] = []
-        cached: list[int] = []
-        for group in self._groups:
-            for replica in range(group.replicas):
-                waiting.append(len(group.scheduler.waiting[replica]))
-                running.append(int(group.residence.running[replica]))
-                unacknowledged.append(group.unacknowledged(replica))
-                if self._config.prefix_affinity and group.cache is not None and states is not None:
-                    cached.append(len(group.cache.lookup(replica, prompt, states)) * self._config.block_size)
-        fits = np.zeros(len(waiting), dtype=np.bool_)
-        fits[replicas] = self._kv_tokens[replicas] >= len(prompt)
-        route = self._router.choose(
-            np.asarray(waiting),
-            np.asarray(running),
-            np.asarray(unacknowledged),
-            fits,
-            cached or None,
-        )
-        return route.replica
 
     def _next_stream(self) -> int:
         self._streams += 1

@@ -8,10 +8,11 @@ computes it, since results are read by row.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection
 
 import numpy as np
 
-from drumline.engine.core.batch_table import DETACHED, DRAIN, FREE, LEFT, BatchTable
+from drumline.engine.core.batch_table import DETACHED, DRAIN, FREE, LEFT, PREFILL, BatchTable
 from drumline.engine.core.block_pool import I64, BlockPool
 from drumline.engine.core.prefix_cache import PrefixCache
 from drumline.engine.core.request import Place, Sequence
@@ -96,20 +97,45 @@ class Residence:
             freed.extend(self._free_row(replica, row) for row in done)
         return freed
 
-    def reset(self) -> list[Sequence]:
-        """A new epoch: nothing is in flight any more and every worker starts with an empty table.
+    def void(self, lost: Collection[int]) -> list[Sequence]:
+        """Nothing is in flight any more, and no worker has a row in its table.
 
-        Everything in rows leaves them, keeping its known tokens. Returns the sequences that held rows.
+        Everything in rows of the replicas ``lost`` leaves them, keeping its known tokens; rows that had been left are
+        free. Returns the sequences that held those.
         """
         for row in np.flatnonzero(self.table.status != FREE).tolist():
             sequence = self.table.sequences[row]
-            if sequence is not None and self.table.status[row] not in (DETACHED, LEFT):
+            if sequence is None or self.table.status[row] in (DETACHED, LEFT):
+                continue
+            if row // self.table.rows_per_replica in lost:
                 self.detach(sequence)
         self.table.last_step[:] = -1
         freed = self.release([-1] * self.table.replicas)
         for evictions in self.evictions:
             evictions.clear()
         return freed
+
+    def step_back(self) -> list[Sequence]:
+        """Every row that has its blocks stands at its last acknowledged token again, to be computed from the last KV
+        entry that an acknowledged step has written. Blocks beyond that entry go back to the pool.
+
+        Due after :meth:`void`. Returns the sequences in those rows.
+        """
+        table = self.table
+        found: list[Sequence] = []
+        for row in np.flatnonzero(table.status != FREE).tolist():
+            sequence = table.sequences[row]
+            if sequence is None:
+                raise LookupError(f"row {row} is taken by nobody")
+            self._keep_known_text(sequence)
+            kept = -(-int(table.filled[row]) // table.block_size)
+            self.pool.release(sequence.replica, table.take_blocks(row, kept))
+            table.length[row] = table.known[row]
+            table.eviction_said[row] = False
+            table.set_status(row, PREFILL)
+            sequence.computed = int(table.filled[row])
+            found.append(sequence)
+        return found
 
     def cache_filled(self, rows: I64) -> None:
         """Enters into the prefix cache the blocks of ``rows`` (ascending) that acknowledged steps have filled since."""
@@ -145,9 +171,7 @@ class Residence:
 
     def _vacate(self, sequence: Sequence, status: int) -> None:
         row, table = sequence.row, self.table
-        generated = table.text(row, len(sequence.tokens))
-        if len(generated):
-            sequence.tokens = np.concatenate([sequence.tokens, generated])
+        self._keep_known_text(sequence)
         self.cache_filled(np.asarray([row]))
         self.pool.release(sequence.replica, table.take_blocks(row))
         table.set_status(row, status)
@@ -155,6 +179,11 @@ class Residence:
         self._leaving[sequence.replica].append(row)
         self.running[sequence.replica] -= 1
         self.in_lane[sequence.replica][sequence.lane] -= 1
+
+    def _keep_known_text(self, sequence: Sequence) -> None:
+        generated = self.table.text(sequence.row, len(sequence.tokens))
+        if len(generated):
+            sequence.tokens = np.concatenate([sequence.tokens, generated])
 
     def _free_row(self, replica: int, row: int) -> Sequence:
         sequence = self.table.sequences[row]

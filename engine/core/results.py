@@ -19,7 +19,7 @@ class InFlight:
 
     ``fills[r]``: (row, KV entries after the step) of rows in prefill. ``tokens`` is filled as replicas answer;
     ``arrived`` are the replicas whose answers have not been booked yet, ``missing`` counts those that have not
-    answered.
+    answered, of ``replicas`` that serve.
     """
 
     step: int
@@ -28,6 +28,7 @@ class InFlight:
     fills: dict[int, list[tuple[int, int]]]
     admitted: list[int]
     tokens: I32
+    replicas: int
     missing: int
     arrived: list[int] = field(default_factory=list)
     logprobs: dict[int, tuple[I32, tuple[LogprobEntry, ...]]] = field(default_factory=dict)
@@ -131,7 +132,7 @@ def settle(record: InFlight, table: BatchTable) -> tuple[Emission | None, list[E
 def _arrived(record: InFlight) -> tuple[I64, I32, dict[int, LogprobEntry]]:
     """Rows and tokens of the replicas that have arrived, and logprobs by entry."""
     bounds = record.bounds
-    if len(record.arrived) == len(bounds) - 1:
+    if len(record.arrived) == record.replicas:
         starts = bounds[:-1]
         rows, tokens = record.rows, record.tokens
     else:

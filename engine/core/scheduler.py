@@ -7,6 +7,8 @@ short, the least deserving sequence is preempted by recompute.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
+
 import numpy as np
 
 from drumline.engine.core.batch_table import DECODE, DRAIN
@@ -22,7 +24,8 @@ from drumline.engine.core.waiting import WaitingQueue
 
 
 class Scheduler:
-    """The queues of one lockstep group and the rules. Counts what happened in plain attributes."""
+    """The queues of one lockstep group and the rules. Counts what happened in plain attributes. ``prefills``: the rows
+    that are in prefill."""
 
     def __init__(self, config: CoreConfig, residence: Residence) -> None:
         self._config = config
@@ -31,8 +34,9 @@ class Scheduler:
         self._pool = residence.pool
         self.waiting = [WaitingQueue() for _ in range(residence.table.replicas)]
         self._turns = LaneTurns(residence.table.lanes)
-        self._prefills = Prefills(residence.table)
-        self._preemption = Preemption(residence, self._prefills, self.add, config.max_num_batched_tokens)
+        self.prefills = Prefills(residence.table, config.enable_chunked_prefill)
+        self._preemption = Preemption(residence, self.prefills, self.add, config.max_num_batched_tokens)
+        self._serving: frozenset[int] = frozenset()
         self._busy: set[int] = set()
         self._blocked: dict[int, tuple[Sequence, int]] = {}
         self.chunked_prefills = 0
@@ -46,14 +50,26 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """The sequence waits from now on."""
         self.waiting[sequence.replica].push(sequence)
-        self._busy.add(sequence.replica)
+        if sequence.replica in self._serving:
+            self._busy.add(sequence.replica)
+
+    def remove(self, sequences: Set[Sequence]) -> None:
+        """Sequences that wait for one replica are nothing to the group any more, or are added again."""
+        for replica in {sequence.replica for sequence in sequences}:
+            self.waiting[replica].remove(sequences)
+            self._blocked.pop(replica, None)
+
+    def serve(self, replicas: Iterable[int]) -> None:
+        """Only these compute from now on; what waits for others goes on waiting."""
+        self._serving = frozenset(replicas)
+        self._busy = set(self._serving)
 
     def drop(self, sequence: Sequence, was: Place) -> None:
         """The sequence has ended; ``was`` is where it stood before."""
         if was is Place.WAITING:
             self.waiting[sequence.replica].discard()
         else:
-            self._prefills.remove(sequence)
+            self.prefills.remove(sequence)
 
     def plan(self) -> Plan | None:
         """The next step, its blocks allocated and its admissions in their rows; None when nobody has anything to
@@ -116,19 +132,21 @@ class Scheduler:
     def _fill_budget(self, plan: Plan, replica: int, admit: bool) -> None:
         budget = self._config.max_num_batched_tokens - int(plan.tokens[replica])
         chunks: list[Chunk] = []
-        for sequence, count in self._prefills.chunks(replica, plan.lane, budget):
-            blocks = self._pool.allocate(replica, self._prefills.blocks_missing(sequence, count))
+        for sequence, count in self.prefills.chunks(replica, plan.lane, budget):
+            blocks = self._pool.allocate(replica, self.prefills.blocks_missing(sequence, count))
             self._table.extend_prefill(sequence.row, sequence.tokens, blocks)
             chunks.append(Chunk(sequence, count, blocks))
             self.chunked_prefills += 1
             budget -= count
+        if not self._config.enable_chunked_prefill and len(chunks) < self.prefills.count(replica, plan.lane):
+            admit = False
         admissions = self._admit(replica, plan.lane, budget) if admit else []
         if chunks:
             plan.chunks[replica] = chunks
         if admissions:
             plan.admissions[replica] = admissions
         plan.tokens[replica] += sum(chunk.count for chunk in chunks) + sum(chunk.count for chunk in admissions)
-        if not self._prefills.any(replica) and not self.waiting[replica]:
+        if not self.prefills.any(replica) and not self.waiting[replica]:
             self._busy.discard(replica)
 
     def _admit(self, replica: int, lane: int, budget: int) -> list[Admission]:
@@ -181,9 +199,9 @@ class Scheduler:
             return None
         self.waiting[replica].pop()
         row = self._residence.enter(sequence, cached, lane)
-        blocks = self._pool.allocate(replica, self._prefills.blocks_missing(sequence, count))
+        blocks = self._pool.allocate(replica, self.prefills.blocks_missing(sequence, count))
         self._table.extend_prefill(row, sequence.tokens, blocks)
-        self._prefills.add(sequence)
+        self.prefills.add(sequence)
         self.admitted += 1
         if count < length - start:
             self.chunked_prefills += 1
@@ -211,7 +229,7 @@ class Scheduler:
         row, length = sequence.row, len(sequence.tokens)
         if sequence.computed < length:
             return False
-        self._prefills.remove(sequence)
+        self.prefills.remove(sequence)
         self._table.length[row] = length + 1
         if length + 1 >= sequence.max_length:
             self._drain(np.asarray([row]))
@@ -224,11 +242,12 @@ class Scheduler:
         for row in rows.tolist():
             self._residence.say_eviction(row)
 
-    def requeue(self, sequences: list[Sequence]) -> None:
-        """A new epoch: sequences that were in rows and have not ended wait again."""
-        self._prefills.clear()
+    def restart(self, computed: list[Sequence], freed: list[Sequence]) -> None:
+        """What is in flight is void: of the sequences that were in rows, those ``computed`` in part go on in them, and
+        those ``freed`` that have not ended wait again."""
+        self.prefills.restart(computed)
         self._blocked.clear()
-        for sequence in sequences:
+        for sequence in freed:
             if sequence.place is Place.RUNNING:
                 sequence.place = Place.WAITING
                 self.add(sequence)

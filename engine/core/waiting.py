@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Set
 
 from drumline.engine.core.request import Place, Sequence
 
@@ -44,6 +45,16 @@ class WaitingQueue:
         heapq.heappop(self._heap)
         self._size -= 1
         return sequence
+
+    def all(self) -> list[Sequence]:
+        """Everything that waits here, by turn."""
+        return [entry[2] for entry in sorted(self._heap) if entry[2].place is Place.WAITING]
+
+    def remove(self, gone: Set[Sequence]) -> None:
+        """Takes out sequences that wait from now on elsewhere."""
+        self._heap = [entry for entry in self._heap if entry[2].place is Place.WAITING and entry[2] not in gone]
+        heapq.heapify(self._heap)
+        self._size = len(self._heap)
 
     def discard(self) -> None:
         """One of the sequences here is no longer waiting: its place says so already."""

@@ -31,7 +31,8 @@ class Plan:
 
 @dataclass(slots=True)
 class Scenario:
-    """Delays are mean virtual seconds; chances are per event."""
+    """Delays are mean virtual seconds; chances are per event. ``new_epochs``: when all workers are replaced.
+    ``regroupings``: (when, group) of epochs that end because some replicas are lost."""
 
     seed: int
     config: CoreConfig
@@ -43,10 +44,15 @@ class Scenario:
     through_codec: bool
     drops: list[tuple[float, int]] = field(default_factory=list)
     new_epochs: list[float] = field(default_factory=list)
+    regroupings: list[tuple[float, int]] = field(default_factory=list)
 
 
 def make_scenario(
-    seed: int, dp: int | None = None, async_scheduling: bool | None = None, pp: int | None = None
+    seed: int,
+    dp: int | None = None,
+    async_scheduling: bool | None = None,
+    pp: int | None = None,
+    regroupings: int | None = None,
 ) -> Scenario:
     """Small numbers on purpose: few blocks, few rows, short contexts, so that every limit is met all the time."""
     rng = random.Random(seed)
@@ -94,6 +100,8 @@ def make_scenario(
         scenario.drops.append((rng.uniform(0, day + 10), rng.randrange(CONNECTIONS)))
     if rng.random() < 0.1:
         scenario.new_epochs.append(rng.uniform(0, day + 10))
+    for _ in range(rng.choice((0, 0, 1, 3)) if regroupings is None else regroupings):
+        scenario.regroupings.append((rng.uniform(0, day + 15), rng.randrange(4)))
     return scenario
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -20,16 +20,16 @@ from drumline.protocol.messages import (
     Rejected,
     Resume,
     Resumed,
-    Step,
     StepDone,
     Stop,
     ToWorker,
 )
 from tests.simulation.clients import Client, Clients, Stream
+from tests.simulation.fleet import Fleet
 from tests.simulation.invariants import check_at_rest, check_blocks, check_prefix_cache, check_rows, groups_of
 from tests.simulation.scenario import CONNECTIONS, Plan, Scenario
 from tests.simulation.step_rules import StepRules
-from tests.simulation.worker import RuleBrokenError, SimWorker
+from tests.simulation.worker import RuleBrokenError
 
 MAX_EVENTS = 20_000
 
@@ -56,26 +56,28 @@ class Simulation:
         self.clients = Clients(self.config)
         self._groups = groups_of(self.core)
         self._per_group = self._groups[0].replicas
-        self._rules = StepRules(self.core, self.config)
-        self._workers: list[SimWorker] = []
-        self._inbox: list[deque[Step]] = [deque() for _ in scenario.num_blocks]
+        self.fleet = Fleet(self.config, scenario.num_blocks, self._random)
+        self._rules = StepRules(self.core, self.config, self.fleet.serving)
+        self._closings = [0] * len(self._groups)
+        self._joining: set[int] = set()
         self._answered: list[float] = [0.0] * len(scenario.num_blocks)
-        self._running: set[int] = set()
         self._last_done: dict[int, StepDone] = {}
-        self._epoch = 0
         # Groups that the event at hand may have changed: all of them unless it says otherwise.
         self._touched: set[int] = set()
         self._confirmed: Counter[tuple[int, int]] = Counter()
         self._calls = 1000
 
     def run(self) -> None:
-        self._open_epoch()
+        for group in range(len(self._groups)):
+            self._open_epoch(group, self.fleet.members(group))
         for plan in self.scenario.plans:
             self._at(plan.at, partial(self._submit, plan))
         for at, connection in self.scenario.drops:
             self._at(at, partial(self._drop, connection))
         for at in self.scenario.new_epochs:
-            self._at(at, self._open_epoch)
+            self._at(at, self._restart_all)
+        for at, group in self.scenario.regroupings:
+            self._at(at, partial(self._close_epoch, group % len(self._groups), 0.4))
         handled = 0
         while self._events:
             self.now, _, handle = heapq.heappop(self._events)
@@ -107,7 +109,9 @@ class Simulation:
         replica = self._replica_of(plan.submit.request_id)
         client = self.clients.accepted(plan, answer, self.scenario.num_blocks[replica])
         pinned = plan.submit.data_parallel_rank
-        if pinned >= 0 and pinned != replica // self.config.attention_data_parallel_size:
+        size = self.config.attention_data_parallel_size
+        wished = set(range(pinned * size, (pinned + 1) * size))
+        if pinned >= 0 and replica not in wished and wished <= self.core.serving:
             raise RuleBrokenError(f"{plan.submit.request_id} went to replica {replica}, pinned to {pinned}")
         if plan.cancel_at >= 0:
             self._at(max(plan.cancel_at, self.now), partial(self._cancel, client))
@@ -157,21 +161,64 @@ class Simulation:
 
     # ------------------------------------------------------------------------------------------------------------ steps
 
-    def _open_epoch(self) -> None:
+    def _restart_all(self) -> None:
         """All workers are new and know nothing; what the old ones still have to say is stale."""
-        self._epoch += 1
-        if self._epoch > 1:
-            self.seen["new_epoch"] += 1
-        num_blocks = self.scenario.num_blocks
-        self._workers = [
-            SimWorker(self.config, replica, replica % self._per_group, blocks, 1, self._epoch)
-            for replica, blocks in enumerate(num_blocks)
-        ]
-        for inbox in self._inbox:
-            inbox.clear()
-        self._running.clear()
+        self.seen["new_epoch"] += 1
         for group in range(len(self._groups)):
-            self.core.open_epoch(group, self._epoch)
+            self._close_epoch(group, 1.0)
+
+    def _close_epoch(self, group: int, chance_lost: float) -> None:
+        """The epoch ends at once, each replica lost with that chance. It may end again before the next one is open."""
+        lost = [replica for replica in self.fleet.members(group) if self._random.random() < chance_lost]
+        self.seen["lost"] += len(lost)
+        self.seen["kept"] += len(set(self.fleet.whole(group)) - set(lost))
+        self._end_epoch(group, lost)
+        self._soon(self.scenario.delay + 1.0, partial(self._reopen, group, self._closings[group]))
+        if self._random.random() < 0.3:
+            self._soon(1.0, partial(self._close_epoch, group, chance_lost))
+            self.seen["closed_again"] += 1
+
+    def _end_epoch(self, group: int, lost: list[int]) -> None:
+        self._closings[group] += 1
+        self._joining.discard(group)
+        self.core.hold(group, False)
+        self.fleet.close(group, lost)
+        self.core.close_epoch(group, self._within_group(lost), self.now)
+
+    def _reopen(self, group: int, closing: int) -> None:
+        """Some replicas serve; the others join later."""
+        if closing != self._closings[group] or self.fleet.serving[group]:
+            return
+        members = list(self.fleet.members(group))
+        size = self.config.attention_data_parallel_size
+        engines = len(members) // size
+        some = self._random.sample(range(engines), self._random.randint(1, engines))
+        serving = [replica for i, replica in enumerate(members) if i // size in some]
+        self._open_epoch(group, serving)
+        if len(serving) < len(members):
+            self.seen["fewer_serve"] += 1
+            self._soon(5.0, partial(self._begin_join, group, closing))
+
+    def _open_epoch(self, group: int, serving: Collection[int]) -> None:
+        epoch = self.fleet.epochs[group] + 1
+        kept = self.fleet.open(group, epoch, serving)
+        self.core.open_epoch(group, epoch, self._within_group(serving), self._within_group(kept))
+
+    def _begin_join(self, group: int, closing: int) -> None:
+        """No new steps; once those in flight are answered, everybody serves, and nothing is void."""
+        if closing == self._closings[group]:
+            self._joining.add(group)
+            self.core.hold(group, True)
+
+    def _join_what_is_drained(self) -> None:
+        for group in list(self._joining):
+            if self.core.in_flight(group) == 0:
+                self.seen["join"] += 1
+                self._end_epoch(group, [])
+                self._open_epoch(group, self.fleet.members(group))
+
+    def _within_group(self, replicas: Collection[int]) -> list[int]:
+        return [replica % self._per_group for replica in replicas]
 
     def _plan(self) -> None:
         while planned := self.core.plan(self.now):
@@ -183,27 +230,25 @@ class Simulation:
                 message = step
                 if self.scenario.through_codec:
                     message = _TO_WORKER.decode([bytes(frame) for frame in _TO_WORKER.encode(step)])
-                self._inbox[replica].append(message)
+                self.fleet.inbox[replica].append(message)
             self._start(planned[0][0] // self._per_group)
         if self._random.random() < 0.9:
             self.core.maintain(self.now)
 
     def _start(self, group: int) -> None:
-        """A step begins when every replica of the group has it and none runs another: their collectives meet."""
-        members = range(group * self._per_group, (group + 1) * self._per_group)
-        if group in self._running or not all(self._inbox[replica] for replica in members):
-            return
-        self._running.add(group)
-        epoch = self._epoch
-        self._soon(self.scenario.step_time, partial(self._finish_step, group, epoch))
+        if self.fleet.may_start(group):
+            self.fleet.running.add(group)
+            self._soon(self.scenario.step_time, partial(self._finish_step, group, self._closings[group]))
 
-    def _finish_step(self, group: int, epoch: int) -> None:
+    def _finish_step(self, group: int, closing: int) -> None:
         self._touched.clear()  # what happens between workers is nothing to the core
-        if epoch != self._epoch:
+        if closing != self._closings[group]:
             return
-        self._running.discard(group)
-        for replica in range(group * self._per_group, (group + 1) * self._per_group):
-            done = self._workers[replica].execute(self._inbox[replica].popleft())
+        self.fleet.running.discard(group)
+        for replica in self.fleet.serving[group]:
+            worker = self.fleet.workers[replica]
+            assert worker is not None
+            done = worker.execute(self.fleet.inbox[replica].popleft())
             if self.scenario.through_codec:
                 done = _FROM_WORKER.decode([bytes(frame) for frame in _FROM_WORKER.encode(done)])
             # One connection per rank: its answers arrive in order, those of different ranks in any.
@@ -214,7 +259,8 @@ class Simulation:
 
     def _answer(self, replica: int, done: StepDone) -> None:
         self._touched = {replica // self._per_group}
-        if done.epoch != self._epoch:
+        group = replica // self._per_group
+        if done.epoch != self.fleet.epochs[group] or not self.fleet.serving[group]:
             self._refused(replica, done, "stale")
             return
         if self._random.random() < self.scenario.chance_duplicate:
@@ -246,6 +292,7 @@ class Simulation:
         if not self._touched:
             return
         steps = [group.steps for group in self._groups]
+        self._join_what_is_drained()
         self._plan()
         for index in self._touched:
             group = self._groups[index]
@@ -299,10 +346,10 @@ class Simulation:
                         f"{client.plan.submit.request_id}: cancel {call_id} was confirmed {count} times"
                     )
         check_at_rest(self.core)
-        for replica, worker in enumerate(self._workers):
+        for replica, worker in enumerate(self.fleet.workers):
             group = self._groups[replica // self._per_group]
-            if worker.next_step != group.next_step:
-                raise RuleBrokenError(f"replica {replica} stands at {worker.next_step}, group at {group.next_step}")
+            if worker is None or worker.next_step != group.next_step:
+                raise RuleBrokenError(f"replica {replica} does not stand at step {group.next_step} of its group")
         self._rules.check_gather_counts()
         self.seen.update({f"core_{name}": count for name, count in self.core.counters().items()})
 

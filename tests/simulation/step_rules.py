@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from drumline.engine.core.batch_table import DECODE, PREFILL
@@ -14,9 +16,11 @@ from tests.simulation.worker import RuleBrokenError
 
 
 class StepRules:
-    """Watches the steps of all groups: lockstep, steps in flight, waves, lanes, what gathering costs."""
+    """Watches the steps of all groups: lockstep, steps in flight, waves, lanes, what gathering costs. ``serving``: the
+    replicas that serve now, by group."""
 
-    def __init__(self, core: EngineCore, config: CoreConfig) -> None:
+    def __init__(self, core: EngineCore, config: CoreConfig, serving: Sequence[Sequence[int]]) -> None:
+        self._serving = serving
         self._core = core
         self._groups = groups_of(core)
         self._per_group = self._groups[0].replicas
@@ -38,15 +42,17 @@ class StepRules:
     def check(self, planned: list[tuple[int, Step]]) -> None:
         group = planned[0][0] // self._per_group
         first = planned[0][1]
-        wanted = list(range(group * self._per_group, (group + 1) * self._per_group))
+        wanted = list(self._serving[group])
         if [replica for replica, _ in planned] != wanted:
             raise RuleBrokenError(f"step {first.step} goes to {[replica for replica, _ in planned]}, not to {wanted}")
         for _, step in planned:
             if (step.step, step.epoch, step.wave, step.lane) != (first.step, first.epoch, first.wave, first.lane):
                 raise RuleBrokenError(f"replicas of one group get different steps: {first} and {step}")
+            if len(step.num_tokens_across_dp) != len(wanted):
+                raise RuleBrokenError(f"{len(step.num_tokens_across_dp)} token counts for {len(wanted)} replicas")
             if step.num_tokens_across_dp.tolist() != first.num_tokens_across_dp.tolist():
                 raise RuleBrokenError("replicas are told different token counts")
-            if any(admit.lane != step.lane for admit in step.admitted):
+            if step.step > 0 and any(admit.lane != step.lane for admit in step.admitted):
                 raise RuleBrokenError(f"a row of another lane is admitted in a step of lane {step.lane}")
         if not first.num_tokens_across_dp.any():
             raise RuleBrokenError(f"step {first.step} computes nothing anywhere")

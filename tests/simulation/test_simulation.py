@@ -37,6 +37,7 @@ def test_random_interleavings_end_with_every_request_ended(batch: int) -> None:
         ["cancel", "stop_string", "resume", "drop", "new_epoch", "end_stop", "end_length", "end_abort"],
         ["core_preemptions", "core_prefix_hit_tokens", "core_chunked_prefills", "dummy_steps"],
         ["refused_duplicate", "refused_stale", "refused_early", "refused_short", "rejected_queue_full"],
+        ["lost", "kept", "closed_again", "fewer_serve", "join"],
         ["lane_0", "lane_1", "lane_2", "core_attn_dp_padded_steps", "core_attn_dp_packed_steps"],
     )
 

@@ -79,7 +79,9 @@ class SimWorker:
         tokens, blocks = admit.tokens.tolist(), admit.blocks.tolist()
         if not 0 < admit.prompt_len <= len(tokens) < self.config.max_model_len:
             self._broken(step, f"row {admit.row}: {admit.prompt_len} prompt tokens of {len(tokens)}")
-        if not 0 <= admit.num_cached < len(tokens) or admit.num_cached % self.config.block_size:
+        # Only a row that is stated anew may go on in the middle of a block.
+        partial = step.step > 0 and admit.num_cached % self.config.block_size
+        if not 0 <= admit.num_cached < len(tokens) or partial:
             self._broken(step, f"row {admit.row}: {admit.num_cached} cached tokens of {len(tokens)}")
         prefixes: list[int] = []
         prefix = EMPTY

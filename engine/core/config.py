@@ -25,7 +25,8 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     ``dp_rank * attention_data_parallel_size + attn_rank``; wherever the core says replica it means those. The heads of
     one are sharded over ``attention_tensor_parallel_size`` ranks. ``lockstep``: all replicas form one lockstep group (a
     MoE model); else those of each engine replica do (dense). ``pipeline_parallel_size``: stages, and so lanes of rows.
-    ``max_waiting`` bounds the sequences that wait for a row, over all replicas. ``prefix_affinity`` lets the router
+    ``max_waiting`` bounds the sequences that wait for a row, over all replicas. ``resume_window_s``: how long a request
+    without a reader is kept. ``prefix_affinity`` lets the router
     prefer the replica that holds most of a prompt in its prefix cache.
 
     Raises :class:`InvalidConfig`, naming the field.
@@ -43,6 +44,7 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_chunked_prefill: bool = True
     async_scheduling: bool = True
     max_waiting: int = 8192
+    resume_window_s: float = 60.0
     prefix_affinity: bool = False
     pipeline_parallel_size: int = 1
     attention_data_parallel_size: int = 1
@@ -67,6 +69,8 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
                 self.max_num_batched_tokens,
                 f"{self.max_model_len} (max_model_len) or more while enable_chunked_prefill is off",
             )
+        if not self.resume_window_s >= 0.0:
+            raise InvalidConfig("resume_window_s", self.resume_window_s, "0 or more")
         for token in self.eos_token_ids:
             if not 0 <= token < self.vocab_size:
                 raise InvalidConfig("eos_token_ids", token, f"0 to {self.vocab_size - 1}")

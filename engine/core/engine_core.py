@@ -8,11 +8,15 @@ from collections.abc import Sequence as Ordered
 import numpy as np
 
 from drumline.engine.core.config import CoreConfig
+from drumline.engine.core.confinement import Confinement
+from drumline.engine.core.core_status import counters, group_status, replica_status
 from drumline.engine.core.lockstep import LockstepGroup
+from drumline.engine.core.notes import Notes
 from drumline.engine.core.outputs import ConnectionOutput
 from drumline.engine.core.prefix_cache import PrefixHasher
 from drumline.engine.core.request_book import RequestBook
-from drumline.protocol.errors import InvalidConfig
+from drumline.engine.core.restored import RestoredRequest
+from drumline.protocol.errors import ErrorInfo, InvalidConfig
 from drumline.protocol.messages import Accepted, Cancel, Rejected, Resume, Resumed, Step, StepDone, Stop, Submit
 from drumline.protocol.status import GroupStatus, ReplicaStatus, RequestCounts
 
@@ -68,20 +72,59 @@ class EngineCore:
         self._release()
 
     def drop_connection(self, connection: int, now: float) -> None:
-        """The client is gone: its requests are cancelled and forgotten."""
+        """The client is gone: its requests are cancelled and forgotten, but for durable ones, which go on for
+        ``resume_window_s`` without a reader."""
         self._settle()
-        self._book.drop_connection(connection)
+        self._book.drop_connection(connection, now)
+        self._release()
+
+    def tick(self, now: float) -> None:
+        """Cancels and forgets requests that nobody has come back for in time. Due about once a second."""
+        self._settle()
+        self._book.tick(now)
         self._release()
 
     def resume(self, connection: int, msg: Resume) -> Resumed | Rejected:
         """Delivery goes on to ``connection``, after every acknowledged token so far. On a connection that did not have
         the request before, its streams get new handles."""
         self._settle()
-        return self._book.resume(connection, msg)
+        return self._book.readers.resume(connection, msg)
+
+    def connection_of(self, request_id: str) -> int:
+        """Who reads the request, 0 for nobody."""
+        request = self._book.register.by_id.get(request_id)
+        return 0 if request is None else request.connection
+
+    def adopt(self, connection: int, msg: Resume, now: float) -> Resumed | Rejected:
+        """:meth:`resume` for a client that may know more than this core: what the core lacks, the request itself or
+        its newest tokens, is taken from ``msg``. Rejected as ``diverged``, and the request fails with it, where its
+        tokens are others than those known here."""
+        self._settle()
+        answer = self._book.takeover.adopt(connection, msg)
+        self._release()
+        return answer
 
     def forget(self, request_id: str) -> None:
         """The client has acknowledged the end of a request: its id may be used again. One that has not ended stays."""
         self._book.forget(request_id)
+
+    # --------------------------------------------------------------------------------------------------------- journal
+
+    def restore(self, requests: Ordered[RestoredRequest], now: float) -> None:
+        """Takes over what another coordinator had accepted, before anything is submitted. The requests wait for
+        replicas; nobody reads them until they are resumed, for ``resume_window_s`` at most."""
+        self._book.takeover.restore(requests, now)
+        self._release()
+
+    def take_notes(self) -> Notes | None:
+        """What a journal must know of requests beside the outputs, since the last call; None for nothing. It comes
+        before the outputs that are taken with it."""
+        return self._book.notes.take()
+
+    def snapshot(self) -> tuple[RestoredRequest, ...]:
+        """Every request that has not been forgotten, as notes and outputs taken so far have told it."""
+        self._settle()
+        return self._book.takeover.snapshot()
 
     def fail_all(self) -> list[tuple[int, str]]:
         """Gives up every request that has not ended. Returns (connection, request id) of each,
@@ -170,72 +213,64 @@ class EngineCore:
         self._settle()
         return all(group.unfinished == 0 and not group.in_flight for group in self._groups)
 
+    # ------------------------------------------------------------------------------------------------------- suspicion
+
+    def suspects(self, group: int) -> tuple[str, ...]:
+        """Ids of the requests with a row in a step that some replica that serves has not answered."""
+        self._settle()
+        one = self._groups[group]
+        return one.request_ids(one.rows_in_flight())
+
+    def requests_in_rows(self, group: int, replica: int, rows: Ordered[int]) -> tuple[str, ...]:
+        """Ids of the requests in ``rows`` of a replica, both as its worker counts them: within the replica, and the
+        replica within its group. Rows that are empty or do not exist have none."""
+        one = self._groups[group]
+        per = one.table.rows_per_replica
+        if not 0 <= replica < one.replicas:
+            return ()
+        return one.request_ids(replica * per + row for row in rows if 0 <= row < per)
+
+    def told_tokens(self, request_ids: Collection[str]) -> dict[str, int]:
+        """How many tokens each of these requests was told, of those that have not ended; of several sequences the one
+        with fewest counts."""
+        self._settle()
+        return self._book.told_tokens(request_ids)
+
+    def fail(self, request_id: str, error: ErrorInfo) -> None:
+        """Ends one request with ``error``, which its client is told. One that has ended stays as it is."""
+        self._settle()
+        self._book.fail(request_id, error)
+        self._release()
+
+    def confine(self, active: Collection[str], held: Collection[str], replica: int | None) -> None:
+        """From now on requests ``active`` run on ``replica`` (counted over all groups) alone, and nobody else there;
+        ``held`` ones run nowhere. Whoever must leave a row is computed anew where it may run; who may run nowhere
+        waits. Empty, empty and None end it. Raises ``ValueError`` for a replica without active requests, or none with
+        them."""
+        self._settle()
+        self._book.confine(Confinement(active, held, replica))
+        self._release()
+        self._resettle()
+
     # ---------------------------------------------------------------------------------------------------------- status
 
     def group_status(self) -> tuple[GroupStatus, ...]:
         """Every lockstep group, by ascending id."""
         self._settle()
-        engines = self._per_group // self.config.attention_data_parallel_size
-        return tuple(
-            GroupStatus(
-                id=index,
-                replicas=tuple(range(index * engines, (index + 1) * engines)),
-                epoch=group.epoch,
-                wave=group.wave.number,
-                wave_state=group.wave.state.value,
-                step=group.next_step - 1,
-                dummy_steps=group.dummy_steps,
-            )
-            for index, group in enumerate(self._groups)
-        )
+        return group_status(self.config, self._groups)
 
     def replica_status(self) -> tuple[ReplicaStatus, ...]:
         """Every attention replica, by ascending dp rank and attention rank."""
         self._settle()
-        statuses: list[ReplicaStatus] = []
-        for group in self._groups:
-            for replica in range(group.replicas):
-                dp_rank, attn_rank = divmod(len(statuses), self.config.attention_data_parallel_size)
-                statuses.append(
-                    ReplicaStatus(
-                        dp_rank=dp_rank,
-                        attn_rank=attn_rank,
-                        running=int(group.residence.running[replica]),
-                        waiting=len(group.scheduler.waiting[replica]),
-                        blocks_total=group.pool.num_blocks[replica],
-                        blocks_free=group.pool.available(replica),
-                        blocks_cached=group.pool.cached(replica),
-                    )
-                )
-        return tuple(statuses)
+        return replica_status(self.config, self._groups, self._book.dispatch)
 
     def request_counts(self) -> RequestCounts:
         """Requests accepted, finished, cancelled and failed since the start of the term."""
         return self._book.counts()
 
     def counters(self) -> dict[str, int]:
-        """Counts since the start of the term, by name. With attention data parallel also what gathering costs, as
-        ``attn_dp_`` and the names of :class:`~drumline.engine.core.gather_counts.GatherCounts`."""
-        groups = self._groups
-        caches = [group.cache for group in groups if group.cache is not None]
-        counts = {
-            "steps": sum(group.steps for group in groups),
-            "dummy_steps": sum(group.dummy_steps for group in groups),
-            "admissions": sum(group.scheduler.admitted for group in groups),
-            "preemptions": sum(group.scheduler.preemptions for group in groups),
-            "chunked_prefills": sum(group.scheduler.chunked_prefills for group in groups),
-            "prefix_queried_tokens": sum(cache.queried_tokens for cache in caches),
-            "prefix_hit_tokens": sum(cache.hit_tokens for cache in caches),
-            "ignored_stops": self._book.ignored_stops,
-        }
-        if self.config.attention_data_parallel_size > 1:
-            counts |= {
-                "attn_dp_tokens": sum(group.gathers.tokens for group in groups),
-                "attn_dp_padding_rows": sum(group.gathers.padding_rows for group in groups),
-                "attn_dp_padded_steps": sum(group.gathers.padded_steps for group in groups),
-                "attn_dp_packed_steps": sum(group.gathers.packed_steps for group in groups),
-            }
-        return counts
+        """Counts since the start of the term, by name."""
+        return counters(self.config, self._groups) | {"ignored_stops": self._book.ignored_stops}
 
     # ---------------------------------------------------------------------------------------------------------- inside
 

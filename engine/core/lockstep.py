@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Set
+from collections.abc import Collection, Iterable, Set
+from collections.abc import Sequence as Ordered
 
 import numpy as np
 
 from drumline.engine.core.batch_table import DETACHED, LEFT, BatchTable
-from drumline.engine.core.block_pool import I32, I64, BlockPool
+from drumline.engine.core.block_pool import I32, BlockPool
 from drumline.engine.core.config import CoreConfig
 from drumline.engine.core.gather_counts import GatherCounts
-from drumline.engine.core.plan import Plan
 from drumline.engine.core.prefix_cache import PrefixCache, PrefixHasher
 from drumline.engine.core.request import Place, Sequence
 from drumline.engine.core.residence import Residence
 from drumline.engine.core.results import Emission, Ending, InFlight, settle
 from drumline.engine.core.scheduler import Scheduler
+from drumline.engine.core.step_messages import StepHeader, StepMessages
 from drumline.engine.core.wave import Wave
 from drumline.protocol.errors import ErrorInfo, ProtocolError
-from drumline.protocol.messages import Admit, Step, StepDone
-
-_NONE = np.zeros(0, dtype=np.int32)
-_NONE.setflags(write=False)
+from drumline.protocol.messages import Step, StepDone
 
 
 class LockstepGroup:
@@ -54,6 +52,7 @@ class LockstepGroup:
         self.cache = cache
         self.residence = Residence(self.table, self.pool, cache)
         self.scheduler = Scheduler(config, self.residence)
+        self._messages = StepMessages(self.table, self.pool)
         self.wave = Wave()
         self.gathers = GatherCounts()
         self.unfinished = 0
@@ -148,15 +147,21 @@ class LockstepGroup:
         number = self.next_step
         evictions = self.residence.evictions
         self.residence.evictions = [[] for _ in range(self.replicas)]
-        restated: dict[int, tuple[Admit, ...]] = {}
         if number == 0:
-            # No worker has a row yet, so there is nothing to evict, and every row that is not new is stated anew.
+            # No worker has a row yet, so there is nothing to evict.
             evictions = [[] for _ in range(self.replicas)]
-            restated = {replica: self._restate(plan, replica) for replica in self.serving}
+        prefilling = self.scheduler.prefills
+        restated = {replica: prefilling.of(replica) for replica in self.serving} if number == 0 else {}
         rows, fills = self.scheduler.book(plan, number)
         serving = self.serving
         tokens = plan.tokens if len(serving) == self.replicas else plan.tokens[list(serving)]
-        steps = self._messages(plan, number, evictions, tokens, restated)
+        tokens.setflags(write=False)
+        header = StepHeader(self.term, self.epoch, self.wave.step(), number, tokens)
+        self._messages.begin(plan)
+        steps = [
+            (replica, self._messages.step(header, plan, replica, evictions[replica], restated.get(replica)))
+            for replica in serving
+        ]
         admitted = [len(plan.admissions.get(replica, ())) for replica in range(self.replicas)]
         bounds: list[int] = self.table.bounds(rows).tolist() if rows is not plan.decoding else plan.bounds.tolist()
         sampled = np.empty(len(rows), dtype=np.int32)
@@ -168,103 +173,6 @@ class LockstepGroup:
         if attn_dp > 1:
             self.gathers.note(tokens, attn_dp, self.config.attention_tensor_parallel_size)
         return steps
-
-    def _messages(
-        self,
-        plan: Plan,
-        number: int,
-        evictions: list[list[int]],
-        tokens: I32,
-        restated: dict[int, tuple[Admit, ...]],
-    ) -> list[tuple[int, Step]]:
-        rows_per_replica = self.table.rows_per_replica
-        wave = self.wave.step()
-        owner = plan.grown // rows_per_replica
-        grown_rows = (plan.grown - owner * rows_per_replica).astype(np.int32)
-        grown_blocks = (plan.blocks - np.asarray(self.pool.first)[owner]).astype(np.int32)
-        bounds: list[int] = plan.grown_bounds.tolist()
-        tokens.setflags(write=False)
-        steps: list[tuple[int, Step]] = []
-        for replica in self.serving:
-            span = slice(bounds[replica], bounds[replica + 1])
-            appended, blocks = grown_rows[span], grown_blocks[span]
-            admitted: tuple[Admit, ...] = ()
-            prefill_rows = prefill_counts = _NONE
-            if replica in plan.chunks or replica in plan.admissions:
-                if number > 0:
-                    appended, blocks = self._with_chunks(plan, replica, appended, blocks)
-                admitted = self._admits(plan, replica)
-                prefill_rows, prefill_counts = self._prefills(plan, replica)
-            if replica in restated:
-                admitted = (*restated[replica], *admitted)
-            gone = evictions[replica]
-            evicted = np.asarray([self._local(row) for row in gone], dtype=np.int32) if gone else _NONE
-            step = Step(
-                self.term,
-                self.epoch,
-                wave,
-                number,
-                tokens,
-                evicted,
-                admitted,
-                appended,
-                blocks,
-                prefill_rows,
-                prefill_counts,
-                plan.lane,
-            )
-            steps.append((replica, step))
-        return steps
-
-    def _restate(self, plan: Plan, replica: int) -> tuple[Admit, ...]:
-        """Rows that were in use before the epoch, with the blocks that they have by this plan, whatever their lane."""
-        new = {admission.sequence for admission in plan.admissions.get(replica, ())}
-        table = self.table
-        return tuple(
-            Admit(
-                self._local(sequence.row),
-                sequence.tokens,
-                len(sequence.request.prompt),
-                int(table.filled[sequence.row]),
-                self._local_blocks(replica, table.blocks[sequence.row, : table.num_blocks[sequence.row]]),
-                sequence.request.spec(sequence.index),
-                sequence.lane,
-            )
-            for sequence in self.scheduler.prefills.of(replica)
-            if sequence not in new
-        )
-
-    def _with_chunks(self, plan: Plan, replica: int, rows: I32, blocks: I32) -> tuple[I32, I32]:
-        more_rows, more_blocks = [rows], [blocks]
-        for chunk in plan.chunks.get(replica, ()):
-            more_rows.append(np.full(len(chunk.blocks), self._local(chunk.sequence.row), dtype=np.int32))
-            more_blocks.append(self._local_blocks(replica, chunk.blocks))
-        return np.concatenate(more_rows), np.concatenate(more_blocks)
-
-    def _admits(self, plan: Plan, replica: int) -> tuple[Admit, ...]:
-        return tuple(
-            Admit(
-                self._local(admission.sequence.row),
-                admission.sequence.tokens,
-                len(admission.sequence.request.prompt),
-                len(admission.cached) * self.config.block_size,
-                self._local_blocks(replica, np.concatenate([admission.cached, admission.blocks])),
-                admission.sequence.request.spec(admission.sequence.index),
-                plan.lane,
-            )
-            for admission in plan.admissions.get(replica, ())
-        )
-
-    def _prefills(self, plan: Plan, replica: int) -> tuple[I32, I32]:
-        chunks = [*plan.chunks.get(replica, ()), *plan.admissions.get(replica, ())]
-        rows = [self._local(chunk.sequence.row) for chunk in chunks]
-        return np.asarray(rows, dtype=np.int32), np.asarray([chunk.count for chunk in chunks], dtype=np.int32)
-
-    def _local(self, row: int) -> int:
-        return row % self.table.rows_per_replica
-
-    def _local_blocks(self, replica: int, blocks: I32 | I64) -> I32:
-        return (blocks - self.pool.first[replica]).astype(np.int32)
 
     # --------------------------------------------------------------------------------------------------------- results
 
@@ -319,6 +227,40 @@ class LockstepGroup:
         """Waiting sequences that hold no rows go to another replica, of this group or another."""
         self.unfinished -= len(sequences)
         self.scheduler.remove(sequences)
+
+    def take_out(self, sequences: Ordered[Sequence]) -> None:
+        """These sequences, none of which has ended, run and wait no longer. Tokens in flight still count."""
+        self.scheduler.remove(frozenset(one for one in sequences if one.place is Place.WAITING))
+        for sequence in sequences:
+            if sequence.place is Place.RUNNING and self.table.status[sequence.row] != DETACHED:
+                self.scheduler.prefills.remove(sequence)
+                self.residence.detach(sequence)
+            sequence.place = Place.HELD
+
+    def put_back(self, sequence: Sequence) -> None:
+        """What is in flight for the sequence is discarded, so that its tokens may be changed; it waits to be computed
+        anew."""
+        running = sequence.place is Place.RUNNING
+        if running:
+            self.scheduler.prefills.remove(sequence)
+        self.residence.leave(sequence)
+        if running:
+            sequence.place = Place.WAITING
+            self.scheduler.add(sequence)
+
+    def rows_in_flight(self) -> set[int]:
+        """Rows that steps compute which some replica has not answered."""
+        rows: set[int] = set()
+        for record in self.in_flight:
+            if record.missing:
+                rows.update(record.rows.tolist())
+                rows.update(row for fills in record.fills.values() for row, _ in fills)
+        return rows
+
+    def request_ids(self, rows: Iterable[int]) -> tuple[str, ...]:
+        """Whose sequences are in these rows, each request once."""
+        found = (self.table.sequences[row] for row in sorted(rows) if 0 <= row < len(self.table.sequences))
+        return tuple(dict.fromkeys(one.request.request_id for one in found if one is not None))
 
     def end(self, sequence: Sequence) -> None:
         """Takes the sequence out. Its blocks are free for the next step; its row follows with :meth:`release`."""

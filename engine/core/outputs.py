@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from drumline.engine.core.block_pool import I32
 from drumline.engine.core.results import Emission
+from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import LogprobEntry, StreamEnd
 
 _NONE = np.zeros(0, dtype=np.int32)
@@ -18,7 +20,9 @@ _NONE = np.zeros(0, dtype=np.int32)
 class ConnectionOutput:
     """Everything new for one connection. Entry i of ``handles``, ``positions`` and ``tokens`` (int32) is one token, the
     tokens of a stream in order; ``logprob_index`` and ``logprobs`` as in ``Tokens``. ``ends`` come after the tokens.
-    ``cancelled``: (call id, request id) of cancels that are complete."""
+    ``cancelled``: (call id, request id) of cancels that are complete. ``failed``: requests that ended with an error.
+
+    Connection 0 is nobody: what is told there is for the journal alone."""
 
     connection: int
     handles: I32 = field(default_factory=lambda: _NONE)
@@ -28,6 +32,7 @@ class ConnectionOutput:
     logprobs: tuple[LogprobEntry, ...] = ()
     ends: list[StreamEnd] = field(default_factory=list)
     cancelled: list[tuple[int, str]] = field(default_factory=list)
+    failed: list[tuple[str, ErrorInfo]] = field(default_factory=list)
 
 
 class Outbox:
@@ -37,6 +42,7 @@ class Outbox:
         self._emissions: list[Emission] = []
         self._ends: list[tuple[int, StreamEnd]] = []
         self._cancelled: list[tuple[int, int, str]] = []
+        self._failed: list[tuple[int, str, ErrorInfo]] = []
         self._gone: set[int] = set()
 
     def add_tokens(self, emissions: list[Emission]) -> None:
@@ -51,20 +57,42 @@ class Outbox:
         """A cancel is complete: no row holds the request any more."""
         self._cancelled.append((connection, call_id, request_id))
 
-    def drop(self, connection: int) -> None:
-        """Nothing that is here now goes to that connection any more."""
+    def add_failed(self, connection: int, request_id: str, error: ErrorInfo) -> None:
+        """A request has ended with an error."""
+        self._failed.append((connection, request_id, error))
+
+    def drop(self, connection: int, kept: Sequence[int] = ()) -> None:
+        """Nothing that is here now goes to that connection any more. What belongs to the stream handles ``kept`` goes
+        to connection 0."""
         self._gone.add(connection)
+        if not kept:
+            return
+        for emission in self._emissions:
+            theirs = (emission.connections == connection) & np.isin(emission.streams, kept)
+            emission.connections[theirs] = 0
+        handles = set(kept)
+        self._ends = [
+            (0 if reader == connection and end.handle in handles else reader, end) for reader, end in self._ends
+        ]
+
+    def pending(self) -> tuple[dict[int, int], set[int]]:
+        """What has not been taken yet: tokens by stream handle, and the handles of streams that have ended."""
+        handles = [emission.streams for emission in self._emissions]
+        found, counts = np.unique(np.concatenate(handles), return_counts=True) if handles else (_NONE, _NONE)
+        tokens = dict(zip(found.tolist(), counts.tolist(), strict=True))
+        return tokens, {end.handle for _, end in self._ends}
 
     def clear(self) -> None:
         """Forgets everything collected, and which connections were dropped."""
         self._emissions.clear()
         self._ends.clear()
         self._cancelled.clear()
+        self._failed.clear()
         self._gone.clear()
 
     def take(self) -> list[ConnectionOutput]:
         """Everything collected, by ascending connection, and forgets it."""
-        if not (self._emissions or self._ends or self._cancelled):
+        if not (self._emissions or self._ends or self._cancelled or self._failed):
             self._gone.clear()
             return []
         outputs: dict[int, ConnectionOutput] = {}
@@ -75,6 +103,8 @@ class Outbox:
         for connection, call_id, request_id in self._cancelled:
             cancelled = outputs.setdefault(connection, ConnectionOutput(connection)).cancelled
             cancelled.append((call_id, request_id))
+        for connection, request_id, error in self._failed:
+            outputs.setdefault(connection, ConnectionOutput(connection)).failed.append((request_id, error))
         kept = [outputs[connection] for connection in sorted(outputs) if connection not in self._gone]
         self.clear()
         return kept

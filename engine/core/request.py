@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from drumline.protocol.messages import I32, LogprobEntry, SamplingSpec, StreamEnd
+from drumline.protocol.errors import ErrorInfo
+from drumline.protocol.messages import I32, LogprobEntry, SamplingSpec, StreamEnd, Submit
 
 
 class Place(enum.Enum):
@@ -18,6 +19,8 @@ class Place(enum.Enum):
     """In the queue of its replica, or about to be: a preempted sequence whose last tokens are still in flight."""
     RUNNING = "running"
     """In a row, until its last token is known."""
+    HELD = "held"
+    """In no queue: it may not run anywhere now, or moves to another replica once its row is free."""
     ENDED = "ended"
 
 
@@ -63,24 +66,59 @@ class Sequence:
 class Request:
     """What a client submitted, and who is to be told about it.
 
-    ``prefix``: uint64 (full blocks of the prompt, 4), hash states of its prefixes, shared by all sequences.
+    ``submit`` has the seed that was drawn. ``connection`` is 0 while nobody reads it; it is given up at ``expires_at``
+    then. ``prefix``: uint64 (full blocks of the prompt, 4), hash states of its prefixes, shared by all sequences.
     ``cancels`` holds the calls (connection, call id) to confirm once every row is free. ``sampling`` has its seed drawn
-    and EOS among its stop ids.
+    and EOS among its stop ids. ``failed``: why it failed, if it did.
     """
 
-    request_id: str
+    submit: Submit
     connection: int
     sampling: SamplingSpec
     prompt: I32
     group: int
-    priority: int
     sequences: list[Sequence] = field(default_factory=list)
     prefix: np.ndarray[tuple[int, ...], np.dtype[np.uint64]] | None = None
     unended: int = 0
     rows_held: int = 0
     aborted: bool = False
+    failed: ErrorInfo | None = None
+    expires_at: float = 0.0
     cancels: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def request_id(self) -> str:
+        """The id that its client gave it."""
+        return self.submit.request_id
+
+    @property
+    def priority(self) -> int:
+        """A lower number goes first."""
+        return self.submit.priority
+
+    @property
+    def live(self) -> list[Sequence]:
+        """The sequences that have not ended."""
+        return [sequence for sequence in self.sequences if sequence.place is not Place.ENDED]
+
+    @property
+    def handles(self) -> I32:
+        """int32 (n,): the stream handle of each sequence."""
+        return np.asarray([sequence.stream for sequence in self.sequences], dtype=np.int32)
 
     def spec(self, index: int) -> SamplingSpec:
         """The sampling parameters of one sequence as a worker needs them."""
         return msgspec.structs.replace(self.sampling, index=index)
+
+    def ending(self, sequence: Sequence, tokens: I32) -> tuple[int, str, int] | None:
+        """Where generated ``tokens`` of a sequence end it: (number of tokens up to the end, reason, stop token or -1);
+        None where they do not."""
+        stops = np.isin(tokens, self.sampling.stop_token_ids)
+        stops[: self.sampling.min_tokens] = False
+        room = sequence.max_length - len(self.prompt)
+        hits = np.flatnonzero(stops)
+        if len(hits) and hits[0] < room:
+            return int(hits[0]) + 1, "stop", int(tokens[hits[0]])
+        if len(tokens) >= room:
+            return max(room, 0), "length", -1
+        return None

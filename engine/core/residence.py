@@ -75,7 +75,7 @@ class Residence:
         """The sequence has ended. Whatever is in flight for its row is discarded."""
         if sequence.row < 0:
             sequence.fold_late_tokens()
-        elif self.table.status[sequence.row] == DETACHED:
+        elif self.table.status[sequence.row] in (DETACHED, LEFT):
             sequence.fold_late_tokens()
             self.table.set_status(sequence.row, LEFT)
         else:

@@ -122,7 +122,7 @@ class Simulation:
             raise RuleBrokenError(f"{plan.submit.request_id} was accepted twice")
 
     def _replica_of(self, request_id: str) -> int:
-        request = self.core._book._requests[request_id]
+        request = self.core._book.register.by_id[request_id]
         return request.group * self._per_group + request.sequences[0].replica
 
     def _cancel(self, client: Client) -> None:
@@ -331,7 +331,7 @@ class Simulation:
         client = self.clients.requests[request_id]
         if client.ended and self._random.random() < 0.5:
             self.core.forget(request_id)
-            client.forgotten = request_id not in self.core._book._requests
+            client.forgotten = request_id not in self.core._book.register.by_id
         elif client.ended and not client.dropped:
             self._soon(1.0, partial(self._resume, client))
 

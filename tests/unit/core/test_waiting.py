@@ -7,12 +7,13 @@ import pytest
 
 from drumline.engine.core.request import Place, Request, Sequence
 from drumline.engine.core.waiting import WaitingQueue
-from drumline.protocol.messages import SamplingSpec
+from drumline.protocol.messages import SamplingSpec, Submit
 
 
 def sequence(arrival: int, priority: int = 0) -> Sequence:
     prompt = np.asarray([1], dtype=np.int32)
-    request = Request(f"r{arrival}", 1, SamplingSpec(), prompt, group=0, priority=priority)
+    submit = Submit(1, f"r{arrival}", prompt, SamplingSpec(), max_tokens=8, priority=priority)
+    request = Request(submit, 1, submit.sampling, prompt, group=0)
     return Sequence(request, 0, stream=1, arrival=arrival, replica=0, tokens=prompt, max_length=9)
 
 

@@ -106,4 +106,5 @@ class _Cover:
     def _fewest(self, layers: np.ndarray[Any, Any], rank: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """For each, the expert with fewest copies, of those that ``rank`` has not, if there is one."""
         score = self._counts[layers] + self._on_rank[layers, rank] * TAKEN
-        return np.argmin(score, axis=1)
+        fewest: np.ndarray[Any, Any] = np.argmin(score, axis=1)
+        return fewest

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from drumline.engine.core.deadlines import Deadlines
-from drumline.engine.core.decisions import Ended, EpochReady, Leased, Loading, Output, Tell
+from drumline.engine.core.decisions import Ended, EpochReady, Output
 from drumline.engine.core.epochs import Epochs
 from drumline.engine.core.first_start import FirstStart
 from drumline.engine.core.hellos import Hellos, same
@@ -30,31 +30,22 @@ from drumline.engine.core.members import (
     Refusals,
 )
 from drumline.engine.core.processes import Processes
+from drumline.engine.core.rank_messages import RankMessages
 from drumline.engine.core.restarts import Restarts
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
-    BeatWorker,
     CallResult,
-    Event,
     Exited,
-    Fault,
     FromWorker,
     HelloSupervisor,
     HelloWorker,
-    Injected,
-    Left,
-    Loaded,
-    Ready,
     Spawned,
     StepDone,
-    StoreReady,
 )
 
 GATHER_S = 2.0
 """How long who takes over waits for ranks that lived already, before it goes on with those that are there."""
-
-_OfEpoch = StoreReady | Ready | StepDone | CallResult | Left
 
 
 class Membership:
@@ -80,6 +71,7 @@ class Membership:
         self.epochs = Epochs(config, self.groups, self.ranks, self.refusals, self._may_begin)
         self._losses = Losses(self.groups, self.ranks, self.epochs, self._processes)
         self._first = FirstStart()
+        self._heard = RankMessages(config, self.groups, self.refusals, self.epochs, self._losses, self._first)
         self._deadlines = Deadlines(config, self.groups, self.ranks, self._processes, self.refusals, now)
 
     # ------------------------------------------------------------------------------------------------ who there is
@@ -190,7 +182,7 @@ class Membership:
     def accepts(self, peer: bytes, message: StepDone | CallResult) -> bool:
         """Whether ``message`` comes from the rank that it names, in its group's present (term, epoch)."""
         record = self._sender(peer, message.rank)
-        return record is not None and self._current(record, message)
+        return record is not None and self._heard.current(record, message)
 
     def _sender(self, peer: bytes, rank: int) -> RankRecord | None:
         record = self._processes.rank_of.get(peer)
@@ -205,12 +197,6 @@ class Membership:
             return record
         return None
 
-    def _current(self, record: RankRecord, message: _OfEpoch) -> bool:
-        if (message.term, message.epoch) == (self._config.term, self.groups[record.group].epoch):
-            return True
-        self.refusals.stale += 1
-        return False
-
     def receive(self, peer: bytes, message: FromWorker, now: float) -> list[Output]:
         """Everything a worker says except StepDone and CallResult, which :meth:`accepts` checks for the coordinator."""
         self._now = now
@@ -220,123 +206,7 @@ class Membership:
         if record is None:
             return self._said([], now)
         record.heard_at = now
-        return self._said(self._hear(record, message, now), now)
-
-    def _hear(self, record: RankRecord, message: FromWorker, now: float) -> list[Output]:
-        if isinstance(message, BeatWorker):
-            return self._beat(record, message, now)
-        if isinstance(message, Fault):
-            return self._fault(record, message, now)
-        if isinstance(message, Injected):
-            text = f"rank {record.rank}: injected fault {message.number}: {message.text}"
-            return [Tell(Event("injected", text, record.rank, message.number, incarnation=message.incarnation))]
-        if isinstance(message, Loaded):
-            return self._loaded(record, message, now)
-        if isinstance(message, HelloWorker | StepDone | CallResult) or not self._current(record, message):
-            return []
-        if isinstance(message, StoreReady):
-            return self.epochs.store_ready(record, message, now)
-        if isinstance(message, Ready):
-            wrong = self._wrong(message.digest, message.num_blocks)
-            return self._unfit(record, wrong, now) if wrong else self._ready(record, message, now)
-        return self._left(record, message, now)
-
-    def _beat(self, record: RankRecord, beat: BeatWorker, now: float) -> list[Output]:
-        outputs: list[Output] = []
-        loaded = (beat.load_done, beat.load_total)
-        if beat.load_total > 0 and loaded != (record.load_done, record.load_total):
-            record.load_done, record.load_total = loaded
-            record.progress_at = now
-            if record.state is RankState.STARTING:
-                outputs.append(Loading(record.rank, beat.load_done, beat.load_total))
-        group = self.groups[record.group]
-        if (beat.term, beat.epoch) != (self._config.term, group.epoch):
-            return outputs  # of an epoch that it has yet to come out of: a sign of life
-        progress = (beat.step, beat.collective, beat.inside)
-        if progress != (record.step, record.collective, record.inside):
-            record.step, record.collective, record.inside = progress
-            record.progress_at = now
-        if beat.lease_s > 0 or record.leased:
-            record.leased = beat.lease_s > 0
-            outputs.append(Leased(record.rank, group.id, beat.step, beat.lease_s))
-        return outputs
-
-    def _fault(self, record: RankRecord, message: Fault, now: float) -> list[Output]:
-        group = self.groups[record.group]
-        known = message.epoch in (group.epoch, record.epoch) and message.term == self._config.term
-        # Before its first epoch a rank knows none, and before its Welcome no term.
-        if not known and not (message.epoch < 1 and message.term <= self._config.term and not record.has_weights):
-            self.refusals.stale += 1
-            return []
-        failed = self._first.fault(record, message)
-        return self._losses.fault(record, message, now) if failed is None else failed
-
-    def _loaded(self, record: RankRecord, message: Loaded, now: float) -> list[Output]:
-        if message.term != self._config.term:
-            self.refusals.stale += 1
-            return []
-        if record.state is not RankState.STARTING or record.has_weights:
-            self.refusals.out_of_order += 1
-            return []
-        wrong = self._wrong(message.digest, message.num_blocks)
-        if not wrong and message.num_blocks < record.num_blocks:
-            wrong = f"has loaded with {message.num_blocks} KV blocks, the process before it had {record.num_blocks}"
-        if wrong:
-            return self._unfit(record, wrong, now)
-        record.loaded = message
-        record.has_weights = True
-        record.state = RankState.PARKED
-        record.num_blocks = message.num_blocks
-        record.progress_at = now
-        outputs = self._told_loaded(record, message.weight_bytes)
-        group = self.groups[record.group]
-        if group.opened:
-            text = f"rank {record.rank} (pid {record.pid}) has loaded in {message.load_s:.3f} s"
-            event = Event("parked", text, record.rank, group=group.id, incarnation=record.incarnation)
-            outputs.append(Tell(event))
-        return outputs + self.epochs.consider(group, now)
-
-    def _told_loaded(self, record: RankRecord, weight_bytes: int) -> list[Output]:
-        if (record.load_done, record.load_total) == (weight_bytes, weight_bytes):
-            return []
-        # A load between two beats is told too.
-        record.load_done = record.load_total = weight_bytes
-        return [Loading(record.rank, weight_bytes, weight_bytes)]
-
-    def _left(self, record: RankRecord, message: Left, now: float) -> list[Output]:
-        group = self.groups[record.group]
-        epoch, leaving = group.epoch, group.stage is GroupStage.LEAVING
-        outputs = self.epochs.left(record, message, now)
-        if leaving and (group.epoch != epoch or group.stage is not GroupStage.LEAVING):
-            outputs += self._losses.settle(group, now)
-        return outputs
-
-    def _ready(self, record: RankRecord, message: Ready, now: float) -> list[Output]:
-        if record.loaded is None:
-            record.loaded = Loaded(
-                message.term,
-                record.rank,
-                message.digest,
-                message.num_blocks,
-                message.block_bytes,
-                message.weight_bytes,
-                message.load_s,
-                message.device,
-            )
-        return self.epochs.ready(record, message, now)
-
-    def _wrong(self, digest: str, num_blocks: int) -> str:
-        if digest != self._config.digest:
-            return f"computed config digest {digest}, the coordinator {self._config.digest}"
-        if num_blocks < 1:
-            return f"is ready with {num_blocks} KV blocks; at least 1 is needed"
-        return ""
-
-    def _unfit(self, record: RankRecord, wrong: str, now: float) -> list[Output]:
-        error = ErrorInfo(kind="protocol", text=f"rank {record.rank} {wrong}", rank=record.rank)
-        if not self._first.over:
-            return self._first.fails(error)
-        return self._losses.lose([record], "protocol", [error], now)
+        return self._said(self._heard.hear(record, message, now), now)
 
     def step_done(self, rank: int, step: int) -> None:
         """``rank`` has replied to ``step``."""

@@ -256,7 +256,6 @@ class Epochs:
         group.served = serving
         group.opened = True
         group.fault_at = None
-        group.failures = 0
         return outputs + self.consider(group, now)
 
     def _tell_open(self, group: GroupRecord, now: float) -> list[Output]:

@@ -48,6 +48,16 @@ def second_within_steps(record: RankRecord) -> bool:
     return again
 
 
+def missed_within_steps(record: RankRecord) -> int:
+    """Note that others missed the rank. How often they have, not counting times ``SECOND_WITHIN`` steps before the
+    next."""
+    if record.executed - record.missed_at > SECOND_WITHIN:
+        record.missed = 0
+    record.missed += 1
+    record.missed_at = record.executed
+    return record.missed
+
+
 def from_inside(message: Exited) -> bool:
     """Whether what a process computed may be why it ended."""
     return message.signal in INSIDE_SIGNALS if message.signal else message.code != 0

@@ -101,7 +101,7 @@ class Hellos:
         record.incarnation = hello.incarnation
         record.pid = hello.pid
         record.host = hello.host
-        record.executed = 0
+        record.executed = record.missed = record.missed_at = 0
         record.raised_at = -1
         record.load_done = record.load_total = 0
         record.heard_at = record.progress_at = now

@@ -15,6 +15,7 @@ from drumline.engine.core.evidence import (
     exit_error,
     from_inside,
     how_ended,
+    missed_within_steps,
     out_of_memory,
     own_words,
     second_within_steps,
@@ -28,8 +29,9 @@ from drumline.protocol.messages import Event, Exited, Fault
 SETTLE_S = 0.25
 """How long after a connection is gone the end of its process may be told, which says more."""
 
-MOST_FAILURES = 3
-"""So many epochs may fail to form because ranks miss one another, though none is lost; then who complains is."""
+MOST_MISSED = 3
+"""A rank that others miss though it is there, or that misses others, more often than this within so few steps that two
+exceptions would be too many, is not to be had."""
 
 NUMERIC = "numeric"
 
@@ -80,7 +82,6 @@ class Losses:
             gone = kind in ("exit", "unreachable")
             self._processes.bury(record, RankState.DEAD if gone else RankState.WEDGED, error.text)
         self._complaints[group.id].clear()
-        group.failures = 0
         outputs = faults + kills
         if belonged:
             outputs += self._epochs.fell(group, errors[0].text, now)
@@ -189,10 +190,6 @@ class Losses:
         complaints.add(error, computing)
         if not current:
             return []
-        if not group.is_open:
-            group.failures += 1
-            if group.failures > MOST_FAILURES:
-                return self.lose([record], "peer_lost", [error], now)
         return self._epochs.fell(group, error.text, now)
 
     def settle(self, group: GroupRecord, now: float) -> list[Output]:
@@ -203,7 +200,7 @@ class Losses:
         error = blame_silent_rank(complaints, self._ranks)
         complaints.clear()
         record = self._ranks[error.rank]
-        if second_within_steps(record):
+        if missed_within_steps(record) > MOST_MISSED:
             return self.lose([record], "peer_lost", [error], now)
         return self._told(self._fault(record, "peer_lost", error, False))
 

@@ -85,7 +85,8 @@ class RankRecord:
 
     ``has_weights``: this process has loaded. ``epoch``: the last one that it is known to have come to. ``computed``:
     the incarnation that last computed in an open epoch. ``executed``: steps that this process has replied to;
-    ``raised_at``: that number at its last exception, -1 without one. ``num_blocks``: KV blocks of the rank, whichever
+    ``raised_at``: that number at its last exception, -1 without one; ``missed_at``: when others last missed it though it
+    was there, which they did ``missed`` times in a row. ``num_blocks``: KV blocks of the rank, whichever
     process it is. ``start_at``: when a process is to be started, None when none is due. ``unconfirmed``: processes
     ordered of which the supervisor has told nothing. ``lost_pids``: former processes.
     """
@@ -114,6 +115,8 @@ class RankRecord:
     computed: str = ""
     executed: int = 0
     raised_at: int = -1
+    missed: int = 0
+    missed_at: int = 0
     num_blocks: int = 0
     start_at: float | None = None
     crash_looping: bool = False
@@ -141,7 +144,7 @@ class GroupRecord:
     ``waiting``: ranks whose answer the stage waits for, since ``since``, at most ``limit_s``. ``members`` compute in
     the epoch, ``parked`` ones belong to it. ``served``: the dp ranks (counted within the group) of the last open epoch.
     ``opened``: whether there was one. ``fault_at``: the first fault since then, None without one. ``stood_at``: when
-    steps ceased. ``failures``: epochs that did not form since then though no rank was lost. ``tried``: the processes
+    steps ceased. ``tried``: the processes
     that an epoch could not be formed with. ``waiting_for``: why it cannot, for the status.
     """
 
@@ -159,7 +162,6 @@ class GroupRecord:
     opened: bool = False
     fault_at: float | None = None
     stood_at: float = 0.0
-    failures: int = 0
     tried: frozenset[str] = frozenset()
     waiting_for: str = ""
 

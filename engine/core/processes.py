@@ -45,7 +45,7 @@ class Processes:
         record.incarnation = ""
         record.pid = 0
         record.load_done = record.load_total = 0
-        record.executed = 0
+        record.executed = record.missed = record.missed_at = 0
         record.raised_at = -1
         record.progress_at = now
         record.start_at = None

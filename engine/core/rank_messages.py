@@ -148,7 +148,7 @@ class RankMessages:
         epoch, leaving = group.epoch, group.stage is GroupStage.LEAVING
         outputs = self._epochs.left(record, message, now)
         if leaving and (group.epoch != epoch or group.stage is not GroupStage.LEAVING):
-            outputs += self._losses.settle(group, now)
+            outputs += self._losses.settle(group, now) + self._losses.hopeless()
         return outputs
 
     def _ready(self, record: RankRecord, message: Ready, now: float) -> list[Output]:

@@ -116,7 +116,8 @@ class Process:
 
 class FakeRanks:
     """Pumps what ``membership`` says to processes and supervisor, and what they answer back. ``out``: everything that
-    it has said since the last :meth:`forget`. Processes of ranks in ``slow`` do not load until :meth:`load` says so."""
+    it has said since the last :meth:`forget`. Processes of ranks in ``slow`` do not load until :meth:`load` says so; ranks do not
+    answer messages to which they are ``deaf``."""
 
     def __init__(self, settings: MembershipConfig | None = None, first_pid: int = 1000) -> None:
         self.config = settings or config()
@@ -126,6 +127,7 @@ class FakeRanks:
         self.processes: dict[int, Process] = {}
         self.dead: list[Process] = []
         self.slow: set[int] = set()
+        self.deaf: dict[int, set[type[Message]]] = {}
         self.out: list[Output] = []
         self.killed: list[int] = []
         self.kills_work = True
@@ -134,7 +136,9 @@ class FakeRanks:
     # ------------------------------------------------------------------------------------------------ driving
 
     def start(self, members: Sequence[Started] = ()) -> FakeRanks:
-        self.pump(self.membership.supervisor_hello(SUPERVISOR, HelloSupervisor(1, SECRET, 77, tuple(members)), self.now))
+        self.pump(
+            self.membership.supervisor_hello(SUPERVISOR, HelloSupervisor(1, SECRET, 77, tuple(members)), self.now)
+        )
         return self
 
     def pump(self, outputs: Iterable[Output]) -> None:
@@ -159,7 +163,8 @@ class FakeRanks:
             former = self.processes.get(message.rank)
             if former is not None:
                 self.dead.append(former)
-            process = self.processes[message.rank] = Process(message.rank, self._pid, message.token)
+            process = Process(message.rank, self._pid, message.token, mute=self.deaf.get(message.rank, set()))
+            self.processes[message.rank] = process
             self.membership.spawned(Spawned(message.rank, process.pid))
             return self.hello(process)
         if isinstance(message, Kill):

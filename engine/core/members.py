@@ -85,10 +85,10 @@ class RankRecord:
 
     ``has_weights``: this process has loaded. ``epoch``: the last one that it is known to have come to. ``computed``:
     the incarnation that last computed in an open epoch. ``executed``: steps that this process has replied to;
-    ``raised_at``: that number at its last exception, -1 without one; ``missed_at``: when others last missed it though it
-    was there, which they did ``missed`` times in a row. ``num_blocks``: KV blocks of the rank, whichever
-    process it is. ``start_at``: when a process is to be started, None when none is due. ``unconfirmed``: processes
-    ordered of which the supervisor has told nothing. ``lost_pids``: former processes.
+    ``raised_at``: that number at its last exception, -1 without one; ``missed_at``: when others last missed it though
+    it was there, which they did ``missed`` times in a row. ``num_blocks``: KV blocks of the rank, whichever process it
+    is. ``start_at``: when a process is to be started, None when none is due. ``unconfirmed``: processes ordered of
+    which the supervisor has told nothing. ``lost_pids``: former processes.
     """
 
     rank: int

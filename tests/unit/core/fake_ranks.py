@@ -116,8 +116,8 @@ class Process:
 
 class FakeRanks:
     """Pumps what ``membership`` says to processes and supervisor, and what they answer back. ``out``: everything that
-    it has said since the last :meth:`forget`. Processes of ranks in ``slow`` do not load until :meth:`load` says so; ranks do not
-    answer messages to which they are ``deaf``."""
+    it has said since the last :meth:`forget`. Processes of ranks in ``slow`` do not load until :meth:`load` says so;
+    ranks do not answer messages to which they are ``deaf``."""
 
     def __init__(self, settings: MembershipConfig | None = None, first_pid: int = 1000) -> None:
         self.config = settings or config()

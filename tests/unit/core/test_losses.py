@@ -42,8 +42,12 @@ def opened(layout: Layout | None = None, **more: object) -> FakeRanks:
 
 @pytest.mark.parametrize(
     ("signal", "code", "inside"),
-    [(11, 0, True), (6, 0, True), (7, 0, True), (4, 0, True), (8, 0, True), (0, 1, True)]
-    + [(9, 0, False), (15, 0, False), (0, 0, False)],
+    [
+        *((number, 0, True) for number in (4, 6, 7, 8, 11)),
+        *((number, 0, False) for number in (9, 15)),
+        (0, 1, True),
+        (0, 0, False),
+    ],
 )
 def test_only_deaths_from_inside_count(signal: int, code: int, inside: bool) -> None:
     ranks = opened()

@@ -21,6 +21,7 @@ from drumline.engine.core.members import (
     FaultSeen,
     GroupClosed,
     JoinDue,
+    Leased,
     Loading,
     MembershipConfig,
     Output,
@@ -80,6 +81,7 @@ class Coordination:
         self.clocks = [
             GroupClock(config.step_deadline_s, layout.pipeline_parallel_size) for _ in self.membership.groups
         ]
+        self.membership.epochs.leave_s = lambda group, at: self.clocks[group].leave_s(at)
         self._suspicion = Suspicion()
         self._restored = restored
         self._ranks_of = [layout.ranks_of_replica(replica) for replica in range(layout.num_replicas)]
@@ -177,7 +179,7 @@ class Coordination:
 
     def due_at(self, now: float) -> float | None:
         """When :meth:`tick` wants to be called, None: not before something has happened."""
-        moments = [self.membership.due_at, *(clock.due_at(now) for clock in self.clocks)]
+        moments = [self.membership.due_at, *(clock.due_at() for clock in self.clocks)]
         return min((moment for moment in moments if moment is not None), default=None)
 
     def tick(self, now: float) -> None:
@@ -232,6 +234,8 @@ class Coordination:
                 self._epoch_ready(output, now)
             elif isinstance(output, JoinDue):
                 self._join_due(output.group, now)
+            elif isinstance(output, Leased):
+                self.clocks[output.group].lease(output.rank, output.step, output.seconds, now)
             elif not isinstance(output, FaultSeen):
                 self._out.append(output)
         if outputs:

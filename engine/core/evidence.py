@@ -1,129 +1,137 @@
-"""Which rank an engine lost, told from several reports that arrive within moments of each other.
-
-When a rank dies inside a collective, its peers report broken connections within milliseconds, often before the death
-itself is known. So the reports of a short while are gathered and one of them is named the cause: a process that ended
-without having reported anything comes first, then the first report.
-"""
+"""What is known of a fault: how a process ended, whether what it computed may be why, and who only missed another."""
 
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
+from drumline.engine.core.members import RankRecord
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import Exited, Fault
-
-SETTLE_S = 0.25
-"""How long after the first report others may arrive that explain it."""
 
 TAIL_CHARACTERS = 4000
 
 CONSEQUENCES = frozenset({"peer_lost", "group_timeout", "store", "epoch_aborted"})
 """Kinds of faults that tell of another rank: it went away, or did not come."""
 
-_OF_PEERS = frozenset({"peer_lost", "group_timeout"})
+INSIDE_SIGNALS = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
+"""Signals that a process brings upon itself by what it computes."""
+
+SECOND_WITHIN = 100
+"""A second exception of a rank within so many of its steps is one too many."""
+
+
+def own_words(record: RankRecord, message: Fault) -> ErrorInfo:
+    """What a rank says of its own fault."""
+    return msgspec.structs.replace(
+        message.error,
+        rank=record.rank,
+        incarnation=record.incarnation,
+        epoch=max(message.epoch, message.error.epoch),
+    )
+
+
+def out_of_memory(error: ErrorInfo) -> bool:
+    """Whether an exception says that memory was exhausted."""
+    last = error.traceback.strip().rsplit("\n", 1)[-1]
+    return any(
+        name in text for text in (error.text, last) for name in ("OutOfMemoryError", "MemoryError", "out of memory")
+    )
+
+
+def second_within_steps(record: RankRecord) -> bool:
+    """Note an exception of the rank. Whether its last one was within ``SECOND_WITHIN`` steps."""
+    again = record.raised_at >= 0 and record.executed - record.raised_at <= SECOND_WITHIN
+    record.raised_at = record.executed
+    return again
+
+
+def missed_within_steps(record: RankRecord) -> int:
+    """Note that others missed the rank. How often they have, not counting times ``SECOND_WITHIN`` steps before the
+    next."""
+    if record.executed - record.missed_at > SECOND_WITHIN:
+        record.missed = 0
+    record.missed += 1
+    record.missed_at = record.executed
+    return record.missed
+
+
+def from_inside(message: Exited) -> bool:
+    """Whether what a process computed may be why it ended."""
+    return message.signal in INSIDE_SIGNALS if message.signal else message.code != 0
+
+
+def how_ended(message: Exited) -> str:
+    """``signal 9 (SIGKILL)`` or ``code 1``."""
+    if not message.signal:
+        return f"code {message.code}"
+    try:
+        name = signal.Signals(message.signal).name
+    except ValueError:
+        name = "unknown"
+    return f"signal {message.signal} ({name})"
+
+
+def exit_error(record: RankRecord, message: Exited, kind: str) -> ErrorInfo:
+    """The end of a process as an error, with the last that it printed."""
+    text = f"the process of rank {message.rank} (pid {message.pid}) ended with {how_ended(message)}"
+    tail = message.stderr_tail.strip()[-TAIL_CHARACTERS:]
+    if tail:
+        text += f"; its last output: {tail.splitlines()[-1]}"
+    return ErrorInfo(
+        kind=kind,
+        text=text,
+        retryable=True,
+        rank=record.rank,
+        incarnation=record.incarnation,
+        epoch=record.epoch,
+        step=max(record.step, record.replied),
+        traceback=tail,
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
-    """The rank that was lost (-1: the supervisor) and why."""
+class Place:
+    """Where a rank was when somebody first missed another."""
 
     rank: int
-    error: ErrorInfo
+    step: int
+    collective: int
+    inside: bool
+    heard_at: float
 
 
-class Evidence:
-    """Reports of one loss, until its verdict. After the verdict nothing more is gathered.
+@dataclass(slots=True)
+class Complaints:
+    """Ranks of one group that missed another, until it is known whom, or nobody turns out to be gone.
 
-    Of what is known of one rank its own fault tells most, then how its process ended, then what the coordinator saw.
-    """
+    ``places``: of the ranks that computed then; none while an epoch formed."""
 
-    def __init__(self) -> None:
-        self._faults: dict[int, ErrorInfo] = {}
-        self._deaths: dict[int, ErrorInfo] = {}
-        self._final: Loss | None = None
-        self._first_at: float | None = None
-        self._certain = False
-        self._decided = False
+    errors: dict[int, ErrorInfo] = field(default_factory=dict)
+    places: dict[int, Place] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return self._first_at is not None
+        return bool(self.errors)
 
-    @property
-    def decides_at(self) -> float | None:
-        """When :meth:`verdict` has an answer, None while nothing is reported or once it has been given."""
-        if self._first_at is None or self._decided:
-            return None
-        return self._first_at if self._certain else self._first_at + SETTLE_S
+    def add(self, error: ErrorInfo, computing: list[RankRecord]) -> None:
+        """One more. ``computing``: the ranks that computed, none while an epoch forms."""
+        if not self.errors:
+            self.places = {
+                one.rank: Place(one.rank, max(one.step, one.replied), one.collective, one.inside, one.heard_at)
+                for one in computing
+            }
+        self.errors.setdefault(error.rank, error)
 
-    @property
-    def complainers(self) -> frozenset[int]:
-        """The ranks that miss another one, where nothing else is known of the loss; else none."""
-        if self._final is not None or self._deaths or any(one.kind not in _OF_PEERS for one in self._faults.values()):
-            return frozenset()
-        return frozenset(self._faults)
+    def quote(self) -> str:
+        """The first complaint, to be added to what else is known; empty without one."""
+        if not self.errors:
+            return ""
+        rank, error = next(iter(self.errors.items()))
+        return f"; rank {rank} reports: {error.text}"
 
-    def final(self, rank: int, error: ErrorInfo, now: float) -> None:
-        """An error that nothing which may still arrive explains better."""
-        self._note(now)
-        self._certain = True
-        if self._final is None:
-            self._final = Loss(rank, error)
-
-    def observed(self, rank: int, error: ErrorInfo, now: float) -> None:
-        """The coordinator saw that ``rank`` is lost: its connection is gone or a deadline passed."""
-        self._note(now)
-        self._deaths.setdefault(rank, error)
-
-    def fault(self, rank: int, incarnation: str, message: Fault, now: float) -> None:
-        """A rank reports its own exception."""
-        self._note(now)
-        error = msgspec.structs.replace(
-            message.error, rank=rank, incarnation=incarnation, epoch=max(message.epoch, message.error.epoch)
-        )
-        self._faults.setdefault(rank, error)
-
-    def exited(self, incarnation: str, epoch: int, message: Exited, now: float) -> None:
-        """A worker process ended."""
-        self._note(now)
-        if message.rank in self._faults:
-            return
-        how = f"code {message.code}"
-        if message.signal:
-            how = f"signal {message.signal} ({_signal_name(message.signal)})"
-            self._certain = True
-        text = f"the process of rank {message.rank} (pid {message.pid}) ended with {how}"
-        tail = message.stderr_tail.strip()[-TAIL_CHARACTERS:]
-        if tail:
-            text += f"; its last output: {tail.splitlines()[-1]}"
-        self._deaths[message.rank] = ErrorInfo(
-            kind="request_failed", text=text, rank=message.rank, incarnation=incarnation, epoch=epoch, traceback=tail
-        )
-
-    def _note(self, now: float) -> None:
-        if self._first_at is None:
-            self._first_at = now
-
-    def verdict(self, now: float) -> Loss | None:
-        """The loss, once; None while there is none or more reports may explain it."""
-        due = self.decides_at
-        if due is None or now < due:
-            return None
-        self._decided = True
-        if self._final is not None:
-            return self._final
-        if self._deaths:
-            rank, error = next(iter(self._deaths.items()))
-            return Loss(rank, self._faults.get(rank, error))
-        # min keeps the order of arrival among equals.
-        rank, error = min(self._faults.items(), key=lambda fault: fault[1].kind in CONSEQUENCES)
-        return Loss(rank, error)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "unknown"
+    def clear(self) -> None:
+        """They are explained."""
+        self.errors.clear()
+        self.places.clear()

@@ -1,12 +1,13 @@
 """When a rank that computes a step counts as stuck, and which of several is the one to blame; no I/O.
 
 The limit for a step is ``max(2, 10 x recent median)`` seconds, where the median is taken of whole steps and, because a
-prefill may hold hundreds of times the tokens of a decode, also of seconds per token. The first steps of an epoch run
-under a lease: memory is touched and kernels are chosen there. Time counts from when the step could begin: it was sent,
-and the step before it was done. With pipeline stages that is the time of one stage while the pipeline is full, and of
-all of them while it fills, so the limit is multiplied by their number. Control calls run between steps: until a rank
-has answered one, the steps behind it cannot begin, and that time does not count for as long as the call's lease runs:
-its timeout, or that of first steps where it is longer, because a call that was given up still runs to its end.
+prefill may hold hundreds of times the tokens of a decode, also of seconds per token; it is kept from one epoch to the
+next. A rank may ask for a lease for the step that it is in (memory is touched and kernels are chosen in its first
+ones): the step is not overdue while any rank that owes it holds one. Time counts from when the step could begin: it was
+sent, and the step before it was done. With pipeline stages that is the time of one stage while the pipeline is full,
+and of all of them while it fills, so the limit is multiplied by their number. Control calls run between steps: until a
+rank has answered one, the steps behind it cannot begin, and that time does not count for as long as the call's lease
+runs: its timeout, or 60 s where it is longer, because a call that was given up still runs to its end.
 """
 
 from __future__ import annotations
@@ -15,14 +16,28 @@ import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-from drumline.engine.core.members import RankRecord
+from typing import Protocol
 
 LEAST_DEADLINE_S = 2.0
 MEDIANS = 10.0
-LEASE_STEPS = 8
-LEASE_S = 60.0
+CALL_LEASE_S = 60.0
 WINDOW = 64
+
+
+class Progress(Protocol):
+    """How far a rank has come, and when it was last heard."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def collective(self) -> int: ...
+
+    @property
+    def inside(self) -> bool: ...
+
+    @property
+    def heard_at(self) -> float: ...
 
 
 @dataclass(slots=True)
@@ -45,6 +60,14 @@ class OpenCall:
     until: float
 
 
+@dataclass(slots=True)
+class Lease:
+    """A rank may take until ``until`` for the step that it is in, which is ``step`` at most."""
+
+    step: int
+    until: float
+
+
 @dataclass(frozen=True, slots=True)
 class Overdue:
     """``ranks`` have not replied to ``step`` after ``waited_s`` of at most ``limit_s`` seconds."""
@@ -63,10 +86,10 @@ class GroupClock:
         self._stages = stages
         self._open: deque[OpenStep] = deque()
         self._calls: dict[int, OpenCall] = {}
+        self._leases: dict[int, Lease] = {}
         self._sent = -1
         self._seconds: deque[float] = deque(maxlen=WINDOW)
         self._per_token: deque[float] = deque(maxlen=WINDOW)
-        self._done = 0
         self._done_at = 0.0
 
     def sent(self, rank: int, step: int, tokens: int, now: float) -> None:
@@ -82,7 +105,7 @@ class GroupClock:
 
     def called(self, rank: int, call_id: int, timeout_s: float, now: float) -> None:
         """A control call was sent to ``rank``, which runs it once it has run the steps that were sent before."""
-        self._calls[call_id] = OpenCall(rank, self._sent, now + max(timeout_s, LEASE_S))
+        self._calls[call_id] = OpenCall(rank, self._sent, now + max(timeout_s, CALL_LEASE_S))
 
     def answered(self, call_id: int, now: float) -> None:
         """The rank answered the call: the steps behind it can begin."""
@@ -94,6 +117,16 @@ class GroupClock:
             if entry.step > call.behind:
                 entry.begins_at = max(entry.begins_at, freed_at)
 
+    def lease(self, rank: int, step: int, seconds: float, now: float) -> None:
+        """``rank`` may take ``seconds`` from now on for the step that it is in, ``step`` at most; with 0.0 it says that
+        it takes no longer than others do."""
+        held = self._leases.get(rank)
+        if seconds > 0:
+            self._leases[rank] = Lease(step, now + seconds)
+        elif held is not None:
+            # The reply to the step for which it was held may be on its way.
+            held.until = min(held.until, now + LEAST_DEADLINE_S)
+
     def _begins_at(self, entry: OpenStep, now: float) -> float:
         """When ``entry`` could begin: now at the earliest while a rank runs a call that is ahead of it."""
         begins_at = max(entry.begins_at, self._done_at)
@@ -101,6 +134,10 @@ class GroupClock:
             if call.behind < entry.step and call.rank in entry.waiting:
                 begins_at = max(begins_at, min(now, call.until))
         return begins_at
+
+    def _leased_until(self, entry: OpenStep) -> float:
+        """Until when a rank that owes ``entry`` holds a lease; 0.0: none does."""
+        return max((held.until for rank, held in self._leases.items() if rank in entry.waiting), default=0.0)
 
     def owes(self, rank: int, step: int) -> bool:
         """Whether ``step`` is the oldest that ``rank`` has not replied to; replies come in order."""
@@ -113,6 +150,9 @@ class GroupClock:
         """``rank`` replied to ``step``. Whether that was the last reply to it."""
         if self._calls:
             self._calls = {i: c for i, c in self._calls.items() if c.rank != rank or c.behind >= step}
+        held = self._leases.get(rank)
+        if held is not None and step >= held.step:
+            del self._leases[rank]
         for entry in self._open:
             if entry.step == step:
                 entry.waiting.discard(rank)
@@ -127,17 +167,16 @@ class GroupClock:
             entry = self._open.popleft()
             took = now - max(entry.begins_at, self._done_at)
             self._done_at = now
-            self._done += 1
             if took > 0:
                 self._seconds.append(took)
                 self._per_token.append(took / max(entry.tokens, 1))
 
     def forget(self) -> None:
-        """A new epoch: nothing is in flight and the lease runs again."""
+        """A new epoch: nothing is in flight, nobody holds a lease."""
         self._open.clear()
         self._calls.clear()
+        self._leases.clear()
         self._sent = -1
-        self._done = 0
 
     @property
     def oldest_step(self) -> int:
@@ -153,28 +192,41 @@ class GroupClock:
 
     def limit_s(self, tokens: int) -> float:
         """How long a step of ``tokens`` tokens may take."""
-        limit = self._setting_s
-        if limit is None:
-            limit = LEAST_DEADLINE_S
-            if self._seconds:
-                median = statistics.median(self._seconds)
-                median = max(median, statistics.median(self._per_token) * tokens)
-                limit = max(limit, MEDIANS * median * self._stages)
-        return max(limit, LEASE_S) if self._done < LEASE_STEPS else limit
+        if self._setting_s is not None:
+            return self._setting_s
+        if not self._seconds:
+            return LEAST_DEADLINE_S
+        median = max(statistics.median(self._seconds), statistics.median(self._per_token) * tokens)
+        return max(LEAST_DEADLINE_S, MEDIANS * median * self._stages)
 
-    def overdue(self, now: float) -> Overdue | None:
-        """The oldest step in flight, when it has had more than its time."""
+    def leave_s(self, now: float) -> float:
+        """How long a rank may take from ``now`` on until it is out of the steps in flight."""
+        limit = max((self.limit_s(entry.tokens) for entry in self._open), default=LEAST_DEADLINE_S)
+        leased = max((self._leased_until(entry) - now for entry in self._open), default=0.0)
+        return max(limit, leased)
+
+    def due_at(self) -> float | None:
+        """When the oldest step in flight is overdue, None without one."""
         if not self._open:
             return None
         entry = self._open[0]
-        waited = now - self._begins_at(entry, now)
-        limit = self.limit_s(entry.tokens)
-        if waited <= limit:
+        begins_at = max(entry.begins_at, self._done_at)
+        for call in self._calls.values():
+            if call.behind < entry.step and call.rank in entry.waiting:
+                begins_at = max(begins_at, call.until)
+        return max(begins_at + self.limit_s(entry.tokens), self._leased_until(entry))
+
+    def overdue(self, now: float) -> Overdue | None:
+        """The oldest step in flight, when it has had all its time."""
+        due = self.due_at()
+        if due is None or now < due:
             return None
-        return Overdue(entry.step, tuple(sorted(entry.waiting)), waited, limit)
+        entry = self._open[0]
+        waited = now - self._begins_at(entry, now)
+        return Overdue(entry.step, tuple(sorted(entry.waiting)), waited, self.limit_s(entry.tokens))
 
 
-def furthest_behind(ranks: Iterable[int], records: Mapping[int, RankRecord]) -> int:
+def furthest_behind(ranks: Iterable[int], records: Mapping[int, Progress]) -> int:
     """Of ``ranks``, the one that the others wait for: least progress by (step, collective), then outside of a
     collective rather than inside (who is inside waits for somebody), then longest silent."""
 

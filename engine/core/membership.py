@@ -1,313 +1,296 @@
 """Who belongs to the engine: messages in, messages out, with deadlines; no I/O.
 
-A start: the supervisor says hello; every rank is spawned with a launch token drawn for it alone, or is started by
-somebody else who was given the token of all such ranks; its Hello is checked (token, version, incarnation) and
-welcomed. When all ranks of a lockstep group are there, the group's epoch forms, which
-:mod:`~drumline.engine.core.epochs` sees to. Every message that is waited for has a deadline; who misses it is lost.
+Each rank for itself: its process is spawned with a launch token drawn for it alone, or is started by somebody else who
+was given the token of all such ranks; its Hello is checked (token, version, incarnation) and welcomed; it loads, and is
+parked until an epoch of its group takes it in, which :mod:`~drumline.engine.core.epochs` sees to. A rank that is lost
+is replaced, and its group forms the next epoch with those that are there (:mod:`~drumline.engine.core.losses`). Every
+message that is waited for has a deadline; who misses it is lost.
 
 Identity is (rank, incarnation). A launch token admits one incarnation of a rank: a second Hello is refused and counted,
 as is everything from a peer that has not said Hello, that speaks for another rank, or that belongs to an older
-(term, epoch).
+(term, epoch). A process whose place is taken is told so once.
 """
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Callable
 
+from drumline.engine.core.deadlines import Deadlines
+from drumline.engine.core.decisions import Ended, EpochReady, Output
 from drumline.engine.core.epochs import Epochs
-from drumline.engine.core.evidence import Evidence
+from drumline.engine.core.first_start import FirstStart
+from drumline.engine.core.hellos import Hellos, same
+from drumline.engine.core.losses import Losses
 from drumline.engine.core.members import (
     GroupRecord,
     GroupStage,
-    Loading,
     MembershipConfig,
-    Output,
     RankRecord,
     RankState,
     Refusals,
-    ToOwner,
-    ToPeer,
 )
-from drumline.engine.core.silent_rank import blame_silent_rank
-from drumline.engine.core.start_deadlines import overdue_rank, waiting_for
+from drumline.engine.core.processes import Processes
+from drumline.engine.core.rank_messages import RankMessages
+from drumline.engine.core.restarts import Restarts
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
-    BeatWorker,
     CallResult,
     Exited,
-    Fault,
     FromWorker,
     HelloSupervisor,
     HelloWorker,
-    Ready,
-    Spawn,
     Spawned,
     StepDone,
-    StoreReady,
-    WelcomeWorker,
 )
 
-SILENCE_S = 10.0
-"""A rank that has said Hello and is not heard for so long is lost; it beats every second."""
+GATHER_S = 2.0
+"""How long who takes over waits for ranks that lived already, before it goes on with those that are there."""
 
 
 class Membership:
-    """The start of an engine and the life of its ranks. ``new_token`` draws an unguessable launch token."""
+    """The ranks of an engine and their life. ``new_token`` draws an unguessable launch token."""
 
     def __init__(self, config: MembershipConfig, new_token: Callable[[], str], now: float) -> None:
         self._config = config
-        self._new_token = new_token
-        self._started_at = now
-        self._owner: bytes | None = None
-        self._owner_heard_at = now
+        self._now = now
+        self._ended = False
+        self._pending: list[Output] = []
         self.supervisor_pid = 0
         self.groups = [GroupRecord(number, tuple(ranks)) for number, ranks in enumerate(config.groups)]
-        self.ranks = {rank: RankRecord(rank, group.id) for group in self.groups for rank in group.ranks}
+        self.ranks = {
+            rank: RankRecord(rank, group.id, log=Restarts(config.restart_limit), progress_at=now)
+            for group in self.groups
+            for rank in group.ranks
+        }
         for rank in config.external_ranks:
             self.ranks[rank].token = config.launch_token
-            self.ranks[rank].progress_at = now
-        self._rank_of: dict[bytes, RankRecord] = {}
-        self._evidence = Evidence()
         self.refusals = Refusals()
-        self.epochs = Epochs(config, self.groups, self.ranks, self._evidence, self.refusals)
+        self._processes = Processes(config, self.ranks, new_token, self.refusals)
+        self._hellos = Hellos(config, self.groups, self.ranks, self._processes, self.refusals, self._misfit)
+        self.epochs = Epochs(config, self.groups, self.ranks, self.refusals, self._may_begin)
+        self._losses = Losses(self.groups, self.ranks, self.epochs, self._processes)
+        self._first = FirstStart()
+        self._heard = RankMessages(config, self.groups, self.refusals, self.epochs, self._losses, self._first)
+        self._deadlines = Deadlines(config, self.groups, self.ranks, self._processes, self.refusals, now)
+
+    # ------------------------------------------------------------------------------------------------ who there is
 
     @property
     def all_ready(self) -> bool:
         """Whether the epoch of every group is open."""
-        return all(group.stage is GroupStage.OPEN for group in self.groups)
+        return all(group.is_open for group in self.groups)
+
+    @property
+    def took_over(self) -> bool:
+        """Whether ranks were found that had lived under another coordinator."""
+        return self._hellos.took_over
 
     @property
     def owner(self) -> bytes | None:
         """The socket identity of the supervisor, once it has said hello."""
-        return self._owner
+        return self._processes.owner
 
     @property
     def peers(self) -> tuple[bytes, ...]:
-        """The socket identities of all ranks that have said Hello, lost ones too: their processes may live on."""
-        return tuple(self._rank_of)
+        """The socket identities of all processes that are a rank, or were one: those may live on."""
+        return (*self._processes.rank_of, *self._processes.former)
 
     @property
     def awaited(self) -> tuple[int, ...]:
-        """The ranks that somebody else starts and that have not said Hello yet, ascending."""
-        return tuple(rank for rank in sorted(self._config.external_ranks) if not self.ranks[rank].incarnation)
+        """The ranks that somebody else starts and of which no process is there, ascending."""
+        return tuple(rank for rank in sorted(self._config.external_ranks) if self.ranks[rank].peer is None)
+
+    @property
+    def waiting_for(self) -> str:
+        """What requests wait for while groups gather; empty while all compute."""
+        texts = [self._waits_for(group) for group in self.groups if group.stage is GroupStage.GATHERING]
+        return "; ".join(texts)
+
+    def _waits_for(self, group: GroupRecord) -> str:
+        missing = [self.ranks[rank] for rank in group.ranks if not self.ranks[rank].usable]
+        ranks = ", ".join(f"rank {one.rank} ({'not started' if one.lost else 'starting'})" for one in missing)
+        why = f": {group.waiting_for}" if group.waiting_for else ""
+        return f"group {group.id} waits for {ranks or 'its ranks'}{why}"
+
+    def rank_of_peer(self, peer: bytes) -> int:
+        """The rank whose process has this socket identity, -1 for none."""
+        record = self._processes.rank_of.get(peer)
+        return record.rank if record is not None else -1
 
     def is_owner(self, peer: bytes) -> bool:
-        """Whether ``peer`` is the supervisor; whatever it says counts as a sign of life."""
-        if peer != self._owner:
+        """Whether ``peer`` is the supervisor."""
+        if peer != self._processes.owner:
             self.refusals.unknown_peer += 1
             return False
         return True
 
     def owner_heard(self, now: float) -> None:
-        """The supervisor gave a sign of life; after ``SILENCE_S`` without one it is lost."""
-        self._owner_heard_at = now
+        """The supervisor gave a sign of life."""
+        self._deadlines.owner_heard_at = now
 
     # ------------------------------------------------------------------------------------------------- hello
 
     def supervisor_hello(self, peer: bytes, hello: HelloSupervisor, now: float) -> list[Output]:
-        """Spawn every rank that is started here; a second hello of the same supervisor changes nothing."""
-        if not _same(hello.token, self._config.supervisor_token):
+        """Spawn every rank that is started here and does not live yet; a second hello changes nothing."""
+        if not same(hello.token, self._config.supervisor_token):
             self.refusals.wrong_token += 1
             return []
-        if self._owner is not None:
+        if self._processes.owner is not None:
             self.refusals.duplicate_hello += 1
             return []
         if hello.version != PROTOCOL_VERSION:
-            return self._version_mismatch(-1, "the supervisor", hello.version, now)
-        self._owner = peer
-        self._owner_heard_at = now
+            text = f"the supervisor speaks protocol version {hello.version}, the coordinator {PROTOCOL_VERSION}"
+            return self._said(self._first.fails(ErrorInfo(kind="protocol", text=text)), now)
+        self.owner_heard(now)
+        self._deadlines.gathers_until = now + GATHER_S
         self.supervisor_pid = hello.pid
-        outputs: list[Output] = []
-        for record in self.ranks.values():
-            if record.rank in self._config.external_ranks:
-                continue
-            record.token = self._new_token()
-            record.progress_at = now
-            outputs.append(ToOwner(peer, Spawn(record.rank, record.token)))
-        return outputs
+        outputs = self._hellos.supervisor(peer, hello, now)
+        for group in self.groups:
+            outputs += self.epochs.consider(group, now)
+        return self._said(outputs, now)
 
     def spawned(self, message: Spawned) -> None:
         """The supervisor says which process it started for a rank."""
-        record = self.ranks.get(message.rank)
-        if record is None:
-            self.refusals.foreign_rank += 1
-        elif record.pid == 0:
-            record.pid = message.pid
+        self._pending += self._processes.spawned(message)
 
     def worker_hello(self, peer: bytes, hello: HelloWorker, now: float) -> list[Output]:
         """Admit the one incarnation that holds the rank's launch token."""
-        record = self.ranks.get(hello.rank)
-        if record is None or not record.token or not _same(hello.token, record.token):
-            self.refusals.wrong_token += 1
-            return []
-        if record.incarnation or record.state is RankState.DEAD or peer in self._rank_of:
-            self.refusals.duplicate_hello += 1
-            return []
-        if hello.version != PROTOCOL_VERSION:
-            return self._version_mismatch(hello.rank, f"rank {hello.rank}", hello.version, now)
-        record.peer = peer
-        record.incarnation = hello.incarnation
-        record.pid = hello.pid
-        record.host = hello.host
-        record.heard_at = record.progress_at = now
-        self._rank_of[peer] = record
-        config = self._config
-        welcome = WelcomeWorker(PROTOCOL_VERSION, config.term, config.digest, config.worker)
-        outputs: list[Output] = [ToPeer(record.rank, peer, welcome)]
-        group = self.groups[record.group]
-        if all(self.ranks[rank].peer is not None for rank in group.ranks):
-            outputs += self.epochs.begin(group.id, now)
-        return outputs
+        outputs = self._hellos.worker(peer, hello, now)
+        record = self._processes.rank_of.get(peer)
+        if record is not None and record.has_weights:
+            outputs += self.epochs.consider(self.groups[record.group], now)
+        return self._said(outputs, now)
 
-    def _version_mismatch(self, rank: int, who: str, version: int, now: float) -> list[Output]:
-        text = f"{who} speaks protocol version {version}, the coordinator speaks {PROTOCOL_VERSION}"
-        self._evidence.final(rank, ErrorInfo(kind="protocol", text=text, rank=rank), now)
-        return []
+    def _misfit(self, record: RankRecord, error: ErrorInfo, now: float) -> list[Output]:
+        """A process that was built or configured otherwise. One that was so from the start ends the start."""
+        if not self._first.over and not record.has_weights and not self.took_over:
+            return self._first.fails(error)
+        return self._losses.lose([record], "protocol", [error], now)
+
+    def _may_begin(self, group: GroupRecord) -> bool:
+        """Whether the group may form an epoch though it is not whole."""
+        if group.opened:
+            return True
+        if not self.took_over:
+            return False
+        awaited = any(not self.ranks[rank].usable for rank in group.ranks if rank in self._hellos.adopted)
+        return not awaited or self._now >= self._deadlines.gathers_until
 
     # ------------------------------------------------------------------------------------------- what ranks say
 
     def accepts(self, peer: bytes, message: StepDone | CallResult) -> bool:
         """Whether ``message`` comes from the rank that it names, in its group's present (term, epoch)."""
-        record = self._sender(peer, message)
-        return record is not None and record.state is not RankState.DEAD
+        record = self._sender(peer, message.rank)
+        return record is not None and self._heard.current(record, message)
 
-    def _sender(
-        self, peer: bytes, message: StoreReady | Ready | StepDone | Fault | CallResult | BeatWorker
-    ) -> RankRecord | None:
-        record = self._rank_of.get(peer)
+    def _sender(self, peer: bytes, rank: int) -> RankRecord | None:
+        record = self._processes.rank_of.get(peer)
         if record is None:
-            self.refusals.unknown_peer += 1
-            return None
-        if message.rank != record.rank:
+            fenced = self._processes.fenced(peer)
+            if fenced is None:
+                self.refusals.unknown_peer += 1
+            self._pending += fenced or ()
+        elif rank != record.rank:
             self.refusals.foreign_rank += 1
-            return None
-        if (message.term, message.epoch) != (self._config.term, self.groups[record.group].epoch):
-            # Before its first Configure a rank knows no epoch, and before its Welcome no term.
-            before_epoch = isinstance(message, Fault | BeatWorker) and message.epoch < 1
-            if not (before_epoch and message.term <= self._config.term and record.ready is None):
-                self.refusals.stale += 1
-                return None
-        return record
+        else:
+            return record
+        return None
 
     def receive(self, peer: bytes, message: FromWorker, now: float) -> list[Output]:
         """Everything a worker says except StepDone and CallResult, which :meth:`accepts` checks for the coordinator."""
+        self._now = now
         if isinstance(message, HelloWorker):
             return self.worker_hello(peer, message, now)
-        record = self._sender(peer, message)
+        record = self._sender(peer, message.rank)
         if record is None:
-            return []
-        if isinstance(message, Fault):
-            # Also from a rank whose exit was told first: its own words tell more.
-            record.last_fault = message.error.text
-            self._evidence.fault(record.rank, record.incarnation, message, now)
-            return []
-        if record.state is RankState.DEAD:
-            return []
+            return self._said([], now)
         record.heard_at = now
-        if isinstance(message, BeatWorker):
-            return self._beat(record, message, now)
-        if isinstance(message, StoreReady):
-            return self.epochs.store_ready(record, message, now)
-        if isinstance(message, Ready):
-            return self.epochs.ready(record, message, now)
-        return []
+        return self._said(self._heard.hear(record, message, now), now)
 
-    def _beat(self, record: RankRecord, beat: BeatWorker, now: float) -> list[Output]:
-        progress = (beat.step, beat.collective, beat.inside)
-        loaded = (beat.load_done, beat.load_total)
-        outputs: list[Output] = []
-        if loaded != (record.load_done, record.load_total):
-            record.load_done, record.load_total = loaded
-            record.progress_at = now
-            if record.state is RankState.STARTING and beat.load_total > 0:
-                outputs.append(Loading(record.rank, beat.load_done, beat.load_total))
-        if progress != (record.step, record.collective, record.inside):
-            record.step, record.collective, record.inside = progress
-            record.progress_at = now
-        return outputs
+    def step_done(self, rank: int, step: int) -> None:
+        """``rank`` has replied to ``step``."""
+        record = self.ranks[rank]
+        record.replied = step
+        record.executed += 1
+
+    def drained(self, group: int, now: float) -> list[Output]:
+        """No step of the group is in flight: the epoch that is planned may begin."""
+        return self._said(self.epochs.drained(self.groups[group], now), now)
 
     # ----------------------------------------------------------------------------------------------- ends
 
     def exited(self, message: Exited, now: float) -> list[Output]:
         """A worker process ended; anyone but the rank's own process is stale news."""
         record = self.ranks.get(message.rank)
-        if record is None or (record.pid not in (0, message.pid)):
+        if record is None or (record.pid not in (0, message.pid) and message.pid not in record.lost_pids):
             self.refusals.foreign_rank += 1
             return []
-        self._evidence.exited(record.incarnation, self.groups[record.group].epoch, message, now)
-        self._bury(record, f"exited with {_how(message)}")
-        return []
+        if message.pid not in record.lost_pids and self._first.exited(record, message, now):
+            return self._said([], now)
+        return self._said(self._losses.exited(record, message, now), now)
 
-    def declare_lost(self, rank: int, error: ErrorInfo, now: float) -> None:
-        """The coordinator found ``rank`` lost by its own observation (its connection is gone, a deadline passed)."""
+    def declare_lost(self, rank: int, kind: str, error: ErrorInfo, now: float) -> list[Output]:
+        """The coordinator found ``rank`` lost by its own observation. ``kind``: unreachable, wedged or protocol."""
         record = self.ranks[rank]
-        if record.state is not RankState.DEAD:
-            self._evidence.observed(rank, error, now)
-            self._bury(record, error.text)
+        if record.lost:
+            return []
+        return self._said(self._losses.lose([record], kind, [error], now), now)
 
-    def _bury(self, record: RankRecord, text: str) -> None:
-        record.state = RankState.DEAD
-        record.last_fault = record.last_fault or text
-        record.peer = None
+    def forgive(self, rank: int, now: float) -> None:
+        """The rank is not to blame for its end: another process need not wait."""
+        record = self.ranks[rank]
+        record.log.forgive()
+        if record.start_at is not None:
+            record.crash_looping = False
+            record.start_at = now
+            self._now = now
 
     # ---------------------------------------------------------------------------------------------- deadlines
 
+    @property
+    def due_at(self) -> float | None:
+        """When :meth:`tick` wants to be called, None: not before something has happened."""
+        if self._ended:
+            return None
+        moments = [self._deadlines.due_at, self._losses.due_at, self._first.due_at]
+        if self._pending:
+            moments.append(self._now)
+        return min((moment for moment in moments if moment is not None), default=None)
+
     def tick(self, now: float) -> list[Output]:
-        """What is due at ``now``: the loss that the evidence amounts to, and ranks that are silent or stuck."""
-        if not self._evidence:
-            self._check_deadlines(now)
-        loss = self._evidence.verdict(now)
-        if loss is None:
+        """What is due at ``now``: processes to start, ranks that are silent or stuck, epochs that do not form."""
+        self._now = now
+        outputs = self._first.tick(now) + self._losses.tick(now) + self._processes.due(now)
+        failed = self._deadlines.failed(now)
+        if failed is not None:
+            return self._said([*outputs, Ended(failed.text, failed)], now)
+        for overdue in self._deadlines.overdue(now):
+            starting = overdue.records[0].state is RankState.STARTING and not self._first.over
+            if starting or (overdue.forming and not self._first.over):
+                outputs += self._first.fails(overdue.errors[0])
+            else:
+                outputs += self._losses.lose(overdue.records, overdue.kind, overdue.errors, now)
+        if self._deadlines.gathered(now):
+            for group in self.groups:
+                outputs += self.epochs.consider(group, now)
+        return self._said(outputs + self._losses.hopeless(), now)
+
+    def _said(self, outputs: list[Output], now: float) -> list[Output]:
+        """``outputs``, after what has gathered; nothing once the engine has ended."""
+        self._now = now
+        if self._ended:
             return []
-        if loss.rank in self.ranks:
-            group = self.groups[self.ranks[loss.rank].group]
-            loss = blame_silent_rank(loss, self._evidence.complainers, group, self.ranks)
-            self._bury(self.ranks[loss.rank], loss.error.text)
-        return [loss]
+        outputs, self._pending = self._pending + outputs, []
+        self._first.over = self._first.over or self.took_over
+        for output in outputs:
+            if isinstance(output, Ended):
+                self._ended = True
+            elif isinstance(output, EpochReady) and self.all_opened:
+                self._first.over = True
+        return outputs
 
     @property
-    def decides_at(self) -> float | None:
-        """When :meth:`tick` wants to be called to settle a loss, None when there is none to settle."""
-        return self._evidence.decides_at
-
-    def _check_deadlines(self, now: float) -> None:
-        limit = self._config.start_deadline_s
-        if self._owner is None:
-            if now - self._started_at > limit:
-                text = f"no supervisor said hello within {limit:g} s"
-                self._evidence.final(-1, ErrorInfo(kind="start_failed", text=text), now)
-            return
-        if now - self._owner_heard_at > SILENCE_S:
-            text = f"supervisor (pid {self.supervisor_pid}) has not been heard for {SILENCE_S:g} s"
-            self._evidence.final(-1, ErrorInfo(kind="engine_closed", text=text), now)
-            return
-        for record in self.ranks.values():
-            if record.peer is not None and now - record.heard_at > SILENCE_S:
-                text = f"rank {record.rank} (pid {record.pid}) has not been heard for {SILENCE_S:g} s"
-                self.declare_lost(record.rank, self._error(record, text), now)
-                return
-        overdue = overdue_rank(self._config, self.groups, self.ranks, now)
-        if overdue is not None:
-            doing = waiting_for(self._config, self.groups[overdue.group], overdue)
-            text = f"rank {overdue.rank} (pid {overdue.pid}) made no progress for {limit:g} s {doing}"
-            self.declare_lost(overdue.rank, self._error(overdue, text), now)
-
-    def _error(self, record: RankRecord, text: str) -> ErrorInfo:
-        return ErrorInfo(
-            kind="start_failed" if record.state is RankState.STARTING else "request_failed",
-            text=text,
-            rank=record.rank,
-            incarnation=record.incarnation,
-            epoch=self.groups[record.group].epoch,
-        )
-
-
-def _same(shown: str, token: str) -> bool:
-    """Compare in a time that tells nothing of the token, whatever characters are shown."""
-    return hmac.compare_digest(shown.encode(), token.encode())
-
-
-def _how(message: Exited) -> str:
-    return f"signal {message.signal}" if message.signal else f"code {message.code}"
+    def all_opened(self) -> bool:
+        """Whether every group has computed."""
+        return all(group.opened for group in self.groups)

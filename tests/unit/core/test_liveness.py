@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from drumline.engine.core.liveness import LEASE_S, LEASE_STEPS, LEAST_DEADLINE_S, GroupClock, furthest_behind
+from drumline.engine.core.liveness import CALL_LEASE_S, LEAST_DEADLINE_S, GroupClock, furthest_behind
 from drumline.engine.core.members import RankRecord
 
 
@@ -20,18 +20,70 @@ def run_steps(clock: GroupClock, count: int, took_s: float, tokens: int = 1, ran
     return now
 
 
-def test_the_first_steps_of_an_epoch_run_under_a_lease() -> None:
+def test_without_recent_steps_a_step_gets_two_seconds() -> None:
     clock = GroupClock(None)
-    clock.sent(0, 0, 1, 0.0)
-    assert clock.overdue(LEASE_S) is None
-    overdue = clock.overdue(LEASE_S + 0.1)
+    clock.sent(0, 0, 1000, 1.0)
+    assert clock.due_at() == 1.0 + LEAST_DEADLINE_S
+    assert clock.overdue(2.9) is None
+    overdue = clock.overdue(3.0)
     assert overdue is not None
-    assert (overdue.step, overdue.ranks) == (0, (0,))
+    assert (overdue.step, overdue.ranks, overdue.limit_s) == (0, (0,), LEAST_DEADLINE_S)
+
+
+def test_a_step_is_not_overdue_while_a_rank_that_owes_it_holds_a_lease() -> None:
+    clock = GroupClock(0.5)
+    for rank in (0, 1):
+        clock.sent(rank, 7, 1, 0.0)
+    clock.lease(0, 7, 30.0, 1.0)
+    assert clock.due_at() == 31.0
+    assert clock.overdue(30.9) is None
+    overdue = clock.overdue(31.0)
+    assert overdue is not None
+    assert overdue.ranks == (0, 1)
+    clock.done(0, 7, 2.0)
+    assert clock.overdue(2.1) is not None  # rank 1 asked for nothing
+
+
+def test_a_lease_is_over_with_the_reply_to_its_step() -> None:
+    clock = GroupClock(0.5)
+    clock.sent(0, 7, 1, 0.0)
+    clock.lease(0, 7, 30.0, 0.1)
+    clock.done(0, 7, 5.0)
+    clock.sent(0, 8, 1, 5.0)
+    assert clock.overdue(5.6) is not None
+
+
+def test_a_lease_for_a_later_step_outlives_replies_to_earlier_ones() -> None:
+    clock = GroupClock(0.5)
+    clock.sent(0, 7, 1, 0.0)
+    clock.sent(0, 8, 1, 0.0)
+    clock.lease(0, 8, 30.0, 0.1)
+    clock.done(0, 7, 0.2)
+    assert clock.overdue(29.0) is None
+
+
+def test_a_rank_that_gives_its_lease_back_has_a_moment_for_its_reply() -> None:
+    clock = GroupClock(0.5)
+    clock.sent(0, 7, 1, 0.0)
+    clock.lease(0, 7, 30.0, 0.1)
+    clock.lease(0, 7, 0.0, 10.0)
+    assert clock.overdue(11.9) is None
+    assert clock.overdue(12.0) is not None
+
+
+def test_who_leaves_may_take_what_the_steps_in_flight_may_take() -> None:
+    clock = GroupClock(None)
+    assert clock.leave_s(0.0) == LEAST_DEADLINE_S
+    now = run_steps(clock, 8, 1.0)
+    clock.sent(0, 99, 1, now)
+    assert clock.leave_s(now) == pytest.approx(10.0)
+    clock.lease(0, 99, 40.0, now)
+    assert clock.leave_s(now + 1.0) == pytest.approx(39.0)
 
 
 def test_quick_steps_get_two_seconds() -> None:
     clock = GroupClock(None)
-    now = run_steps(clock, LEASE_STEPS, 0.01)
+    now = run_steps(clock, 8, 0.01)
     clock.sent(0, 99, 1, now)
     assert clock.overdue(now + 1.9) is None
     assert clock.overdue(now + 2.1) is not None
@@ -39,7 +91,7 @@ def test_quick_steps_get_two_seconds() -> None:
 
 def test_slow_steps_get_ten_times_their_median() -> None:
     clock = GroupClock(None)
-    now = run_steps(clock, LEASE_STEPS, 1.0)
+    now = run_steps(clock, 8, 1.0)
     clock.sent(0, 99, 1, now)
     assert clock.overdue(now + 9.9) is None
     assert clock.overdue(now + 10.1) is not None
@@ -47,7 +99,7 @@ def test_slow_steps_get_ten_times_their_median() -> None:
 
 def test_a_step_that_fills_a_pipeline_gets_the_time_of_all_its_stages() -> None:
     clock = GroupClock(None, stages=4)
-    now = run_steps(clock, LEASE_STEPS, 1.0)
+    now = run_steps(clock, 8, 1.0)
     clock.sent(0, 99, 1, now)
     assert clock.overdue(now + 39.9) is None
     assert clock.overdue(now + 40.1) is not None
@@ -55,15 +107,15 @@ def test_a_step_that_fills_a_pipeline_gets_the_time_of_all_its_stages() -> None:
 
 def test_a_prefill_gets_time_for_its_tokens() -> None:
     clock = GroupClock(None)
-    now = run_steps(clock, LEASE_STEPS, 0.05, tokens=4)
+    now = run_steps(clock, 8, 0.05, tokens=4)
     clock.sent(0, 99, 400, now)
     assert clock.overdue(now + 49.0) is None
     assert clock.overdue(now + 51.0) is not None
 
 
-def test_a_deadline_that_was_set_is_kept_after_the_lease() -> None:
+def test_a_deadline_that_was_set_is_kept() -> None:
     clock = GroupClock(0.5)
-    now = run_steps(clock, LEASE_STEPS, 1.0)
+    now = run_steps(clock, 8, 1.0)
     clock.sent(0, 99, 1000, now)
     assert clock.overdue(now + 0.4) is None
     assert clock.overdue(now + 0.6) is not None
@@ -71,7 +123,7 @@ def test_a_deadline_that_was_set_is_kept_after_the_lease() -> None:
 
 def test_a_step_behind_another_counts_from_when_it_could_begin() -> None:
     clock = GroupClock(0.5)
-    now = run_steps(clock, LEASE_STEPS, 0.1)
+    now = run_steps(clock, 8, 0.1)
     clock.sent(0, 98, 1, now)
     clock.sent(0, 99, 1, now)
     clock.done(0, 98, now + 0.4)
@@ -105,23 +157,25 @@ def test_only_the_oldest_step_of_a_rank_is_owed() -> None:
 
 def test_an_idle_group_is_never_overdue() -> None:
     clock = GroupClock(0.1)
-    now = run_steps(clock, LEASE_STEPS + 1, 0.01)
+    now = run_steps(clock, 9, 0.01)
     assert clock.overdue(now + 1e6) is None
 
 
-def test_a_new_epoch_forgets_what_was_in_flight() -> None:
-    clock = GroupClock(0.1)
-    now = run_steps(clock, LEASE_STEPS + 1, 0.01)
+def test_a_new_epoch_forgets_what_was_in_flight_but_not_how_long_steps_take() -> None:
+    clock = GroupClock(None)
+    now = run_steps(clock, 9, 1.0)
     clock.sent(0, 99, 1, now)
+    clock.lease(0, 99, 60.0, now)
     clock.forget()
-    assert clock.overdue(now + 10.0) is None
+    assert clock.due_at() is None
     clock.sent(0, 0, 1, now)
-    assert clock.overdue(now + 10.0) is None
+    assert clock.overdue(now + 9.9) is None
+    assert clock.overdue(now + 10.1) is not None
 
 
 def test_the_time_of_a_call_is_not_that_of_the_steps_behind_it() -> None:
     clock = GroupClock(0.5)
-    now = run_steps(clock, LEASE_STEPS, 0.1)
+    now = run_steps(clock, 8, 0.1)
     for rank in (0, 1):
         clock.called(rank, 70 + rank, 5.0, now)
     for rank in (0, 1):
@@ -139,7 +193,7 @@ def test_the_time_of_a_call_is_not_that_of_the_steps_behind_it() -> None:
 
 def test_a_call_gives_no_time_to_the_steps_ahead_of_it() -> None:
     clock = GroupClock(0.5)
-    now = run_steps(clock, LEASE_STEPS, 0.1)
+    now = run_steps(clock, 8, 0.1)
     clock.sent(0, 99, 1, now)
     clock.called(0, 70, 5.0, now + 0.1)
     clock.sent(0, 100, 1, now + 0.1)
@@ -150,27 +204,27 @@ def test_a_call_gives_no_time_to_the_steps_ahead_of_it() -> None:
 
 def test_the_lease_of_a_call_ends() -> None:
     clock = GroupClock(0.5)
-    now = run_steps(clock, LEASE_STEPS, 0.1)
+    now = run_steps(clock, 8, 0.1)
     clock.called(0, 70, 1.0, now)
     clock.sent(0, 99, 1, now)
-    assert clock.overdue(now + LEASE_S + 0.4) is None
-    assert clock.overdue(now + LEASE_S + 0.6) is not None
-    clock.answered(70, now + 2 * LEASE_S)
-    assert clock.overdue(now + LEASE_S + 0.6) is not None
+    assert clock.overdue(now + CALL_LEASE_S + 0.4) is None
+    assert clock.overdue(now + CALL_LEASE_S + 0.6) is not None
+    clock.answered(70, now + 2 * CALL_LEASE_S)
+    assert clock.overdue(now + CALL_LEASE_S + 0.6) is not None
 
 
 def test_a_long_timeout_is_a_long_lease() -> None:
     clock = GroupClock(0.5)
-    now = run_steps(clock, LEASE_STEPS, 0.1)
-    clock.called(0, 70, 10 * LEASE_S, now)
+    now = run_steps(clock, 8, 0.1)
+    clock.called(0, 70, 10 * CALL_LEASE_S, now)
     clock.sent(0, 99, 1, now)
-    assert clock.overdue(now + 10 * LEASE_S) is None
-    assert clock.overdue(now + 10 * LEASE_S + 0.6) is not None
+    assert clock.overdue(now + 10 * CALL_LEASE_S) is None
+    assert clock.overdue(now + 10 * CALL_LEASE_S + 0.6) is not None
 
 
 def test_a_call_leaves_the_time_that_steps_take_as_it_was() -> None:
     clock = GroupClock(None)
-    now = run_steps(clock, LEASE_STEPS, 0.01)
+    now = run_steps(clock, 8, 0.01)
     for step in range(100, 164):
         clock.called(0, step, 5.0, now)
         clock.sent(0, step, 1, now)
@@ -182,7 +236,7 @@ def test_a_call_leaves_the_time_that_steps_take_as_it_was() -> None:
 
 def test_a_step_that_is_done_means_that_the_call_ahead_of_it_is() -> None:
     clock = GroupClock(0.5)
-    now = run_steps(clock, LEASE_STEPS, 0.1)
+    now = run_steps(clock, 8, 0.1)
     clock.called(0, 70, 5.0, now)
     clock.sent(0, 99, 1, now)
     clock.done(0, 99, now + 0.1)

@@ -1,0 +1,49 @@
+"""When a process that was lost may be started again; no I/O."""
+
+from __future__ import annotations
+
+from collections import deque
+
+WINDOW_S = 600.0
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+
+
+class Restarts:
+    """The restarts of one rank: at most ``limit`` within ``window_s``. The first within the window comes at once, the
+    second after 0.5 s, then pauses double, up to 30 s."""
+
+    def __init__(self, limit: int, window_s: float = WINDOW_S) -> None:
+        self._limit = limit
+        self._window_s = window_s
+        self._at: deque[float] = deque(maxlen=max(limit, 1))
+
+    def _recent(self, now: float) -> int:
+        return sum(at + self._window_s > now for at in self._at)
+
+    def next_start(self, now: float) -> float | None:
+        """When the next process may be started, None while the limit is reached."""
+        recent = self._recent(now)
+        if recent >= self._limit:
+            return None
+        if recent == 0:
+            return now
+        # A power of two that no float holds is never needed.
+        return now + min(FIRST_PAUSE_S * 2.0 ** min(recent - 1, 30), LONGEST_PAUSE_S)
+
+    def allowed_at(self, now: float) -> float | None:
+        """When the limit is no longer reached; None: never, because there are to be no restarts."""
+        if self._limit == 0:
+            return None
+        if self._recent(now) < self._limit:
+            return now
+        return self._at[-self._limit] + self._window_s
+
+    def started(self, now: float) -> None:
+        """A process was started in place of a lost one."""
+        self._at.append(now)
+
+    def forgive(self) -> None:
+        """The last loss was not the rank's doing: its restart does not count."""
+        if self._at:
+            self._at.pop()

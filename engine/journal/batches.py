@@ -20,7 +20,8 @@ REQUEST_BYTES = 256
 class Batch(msgspec.Struct):
     """Applied in this order: ``forgotten`` requests go, ``accepted`` ones come, ``rehandled`` ones go on under other
     handles (all as in Notes), then tokens: entry i of ``handles``, ``positions`` and ``tokens`` (int32, of one length)
-    is the token at one output position of a stream. ``logprobs[k]`` belongs to entry ``logprob_index[k]``. ``ends`` last.
+    is the token at one output position of a stream. ``logprobs[k]`` belongs to entry ``logprob_index[k]``. ``ends``
+    come last.
     """
 
     accepted: Sequence[tuple[Submit, int]] = ()

@@ -49,8 +49,9 @@ def restore(
 ) -> tuple[RestoredRequest, ...]:
     """The requests, in order of their handles, with their tokens, logprobs and ends.
 
-    What ``steps`` say of other requests is left out. A position told twice counts as told last; tokens behind a gap, and
-    an end whose tokens are not all there, are left out: what is given back is always the beginning of what was written.
+    What ``steps`` say of other requests is left out. A position told twice counts as told last; tokens behind a gap,
+    and an end whose tokens are not all there, are left out: what is given back is always the beginning of what was
+    written.
     """
     requests = sorted(requests, key=lambda one: one[1])
     spans = Spans(requests, rehandled)

@@ -19,9 +19,9 @@ _DIGITS = 20
 def raise_term(runtime_dir: str | os.PathLike[str], at_least: int = 1, deadline_s: float = DEADLINE_S) -> int:
     """A term that no coordinator of this runtime directory has had: at least ``at_least``.
 
-    The file ``term`` there holds the highest so far. It is locked (flock) only while it is raised, so that a coordinator
-    that is stopped later blocks nobody. Raises StartFailed when the lock is not to be had within ``deadline_s`` seconds,
-    or the file cannot be written or holds something else.
+    The file ``term`` there holds the highest so far. It is locked (flock) only while it is raised, so that a
+    coordinator that is stopped later blocks nobody. Raises StartFailed when the lock is not to be had within
+    ``deadline_s`` seconds, or the file cannot be written or holds something else.
     """
     path = Path(runtime_dir, TERM_NAME)
     try:

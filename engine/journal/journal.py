@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import functools
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec
 
 from drumline.engine.core.restored import RestoredRequest
 from drumline.engine.journal.batches import Batch
 from drumline.engine.journal.book import Book
 from drumline.engine.journal.compaction import DEAD_BYTES
 from drumline.engine.journal.errors import Superseded
-from drumline.engine.journal.writer import WHOLE_AFTER_S, Append, Close, Complete, Limit, Probe, Recover, Writer
+from drumline.engine.journal.orders import Append, Close, Complete, Limit, Probe, Recover, Reports
+from drumline.engine.journal.writer import WHOLE_AFTER_S, Writer
 from drumline.protocol.errors import EngineClosed, InvalidConfig
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
 
 MAX_BATCHES = 4096
 MAX_BYTES = 64 << 20
@@ -70,7 +73,19 @@ class Journal:
         self._on_state = on_state
         self._on_superseded = on_superseded
         self._book = book
-        self._writer = Writer(book, _InLoop(self, self._loop), whole_after_s)
+        self._writer = Writer(
+            book,
+            Reports(
+                committed=self._in_loop(self._committed),
+                failed=self._in_loop(self._failed),
+                writable=self._in_loop(self._writable),
+                recovered=self._in_loop(self._recovered),
+                completed=self._in_loop(self._completed),
+                superseded=self._in_loop(self._lost),
+                set_aside=self._in_loop(self._replaced),
+            ),
+            whole_after_s,
+        )
         self._mode = _Mode.ON
         self._number = 0
         self._waiting: deque[_Waiting] = deque()
@@ -80,6 +95,14 @@ class Journal:
         self._watch: asyncio.TimerHandle | None = None
         self._watched = 0
         self._looks = 0
+
+    def _in_loop(self, told: Callable[P, None]) -> Callable[P, None]:
+        def tell(*arguments: P.args, **named: P.kwargs) -> None:
+            # The loop may have ended: nobody waits then.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(functools.partial(told, *arguments, **named))
+
+        return tell
 
     @classmethod
     def open(
@@ -92,8 +115,8 @@ class Journal:
         dead_bytes: int = DEAD_BYTES,
         whole_after_s: float = WHOLE_AFTER_S,
     ) -> tuple[Journal, tuple[RestoredRequest, ...]]:
-        """The journal in the file at ``path``, from now on that of ``term``, and the requests in it. Made if it does not
-        exist; a damaged one is renamed, and an empty one begun.
+        """The journal in the file at ``path``, from now on that of ``term``, and the requests in it. Made if it does
+        not exist; a damaged one is renamed, and an empty one begun.
 
         ``on_state(state, text)`` is called in the loop, never before this returns: with "degraded" when nothing can be
         kept any more, "writable" when :meth:`recover` is to be called with a snapshot, "on" once that is kept, and "set
@@ -180,7 +203,7 @@ class Journal:
             self._nbytes -= one.nbytes
             _call(one.on_committed)
 
-    # ------------------------------------------------------------------------------------------------- degraded and back
+    # ------------------------------------------------------------------------------------------------ degraded and back
 
     def _failed(self, generation: int, text: str) -> None:
         if generation == self._writer.generation:
@@ -190,7 +213,8 @@ class Journal:
         if self._mode in (_Mode.DEGRADED, _Mode.SUPERSEDED, _Mode.CLOSED):
             return
         was_on = self._mode is _Mode.ON
-        self._give_up(mark=was_on)
+        # The thread may have set the mark already when it is only about to tell that it has caught up.
+        self._give_up(mark=self._mode is not _Mode.RECOVERING)
         if was_on:
             self._on_state("degraded", text)
 
@@ -289,40 +313,6 @@ class Journal:
         self._mode = _Mode.CLOSED
         while self._waiting:
             _call(self._waiting.popleft().on_committed)
-
-
-class _InLoop:
-    """The reports of the thread, brought into the loop."""
-
-    def __init__(self, journal: Journal, loop: asyncio.AbstractEventLoop) -> None:
-        self._journal = journal
-        self._loop = loop
-
-    def _tell(self, told: Callable[..., None], *arguments: object) -> None:
-        # The loop may have ended: nobody waits then.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(told, *arguments)
-
-    def committed(self) -> None:
-        self._tell(self._journal._committed)
-
-    def failed(self, generation: int, text: str) -> None:
-        self._tell(self._journal._failed, generation, text)
-
-    def writable(self, generation: int) -> None:
-        self._tell(self._journal._writable, generation)
-
-    def recovered(self, generation: int) -> None:
-        self._tell(self._journal._recovered, generation)
-
-    def completed(self, generation: int) -> None:
-        self._tell(self._journal._completed, generation)
-
-    def superseded(self, text: str) -> None:
-        self._tell(self._journal._lost, text)
-
-    def set_aside(self, text: str) -> None:
-        self._tell(self._journal._replaced, text)
 
 
 def _call(on_committed: Callable[[], None] | None) -> None:

@@ -113,7 +113,7 @@ class Store:
                 self.seq += 1
                 self._book(connection, batch)
                 if len(batch.handles) or batch.ends:
-                    row = self._step_row(self.seq, Columns(*_columns(batch)))
+                    row = self._step_row(self.seq, _columns(batch))
                     self.appended += row.nbytes
                     rows.append(row)
             connection.executemany(_INSERT_STEP, rows)
@@ -296,5 +296,5 @@ class Store:
             self._connection.close()
 
 
-def _columns(batch: Batch) -> tuple[object, ...]:
-    return batch.handles, batch.positions, batch.tokens, batch.logprob_index, batch.logprobs, batch.ends
+def _columns(batch: Batch) -> Columns:
+    return Columns(batch.handles, batch.positions, batch.tokens, batch.logprob_index, batch.logprobs, batch.ends)

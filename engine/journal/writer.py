@@ -7,14 +7,13 @@ import queue
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
 
 from drumline.engine.core.restored import RestoredRequest
-from drumline.engine.journal.batches import LOGPROB_BYTES, REQUEST_BYTES, Batch
+from drumline.engine.journal.batches import LOGPROB_BYTES, REQUEST_BYTES
 from drumline.engine.journal.book import Book
 from drumline.engine.journal.errors import JournalTrouble, Locked, Superseded
 from drumline.engine.journal.opening import Opened
+from drumline.engine.journal.orders import Append, Close, Complete, Limit, Order, Probe, Recover, Reports
 
 log = logging.getLogger(__name__)
 
@@ -28,77 +27,6 @@ ANSWER_S = 5.0
 """How long a snapshot may take to be given before it is asked for again."""
 WHOLE_AFTER_S = 600.0
 """A coordinator that began without some requests has been told of them by then, or they are over."""
-
-
-@dataclass(slots=True)
-class Append:
-    """Commit a batch. ``generation``: that in which it was ordered; in another one it is left out."""
-
-    generation: int
-    number: int
-    batch: Batch
-
-
-@dataclass(slots=True)
-class Probe:
-    """Try from now on whether the file can be written to."""
-
-    generation: int
-
-
-@dataclass(slots=True)
-class Recover:
-    """Write all of it down in place of what is there."""
-
-    generation: int
-    snapshot: tuple[RestoredRequest, ...]
-
-
-@dataclass(slots=True)
-class Complete:
-    """Everything that was told is in the file once this is reached."""
-
-    generation: int
-
-
-@dataclass(slots=True)
-class Limit:
-    """Find the disk full, or no longer."""
-
-    full: bool
-
-
-@dataclass(slots=True)
-class Close:
-    """Commit what waits and end."""
-
-
-Order: TypeAlias = Append | Probe | Recover | Complete | Limit | Close
-
-
-class Reports(Protocol):
-    """What the thread tells; called in the thread. ``generation`` is that of the order that it is about."""
-
-    def committed(self) -> None:
-        """``committed_number`` has grown."""
-
-    def failed(self, generation: int, text: str) -> None:
-        """A transaction failed. Nothing is written until a Recover."""
-
-    def writable(self, generation: int) -> None:
-        """The file can be written to again: a Recover is awaited."""
-
-    def recovered(self, generation: int) -> None:
-        """The snapshot is in the file."""
-
-    def completed(self, generation: int) -> None:
-        """The Complete was reached."""
-
-    def superseded(self, text: str) -> None:
-        """The file belongs to another coordinator. Nothing is written any more."""
-
-    def set_aside(self, text: str) -> None:
-        """A damaged file was replaced."""
 
 
 class Writer:

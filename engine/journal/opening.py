@@ -13,7 +13,7 @@ from pathlib import Path
 from drumline.engine.core.restored import RestoredRequest
 from drumline.engine.journal.errors import Damaged, JournalTrouble, Locked, Superseded, Unwritable, trouble
 from drumline.engine.journal.loading import Loaded, is_new, load
-from drumline.engine.journal.schema import connect
+from drumline.engine.journal.schema import connect, settle
 from drumline.engine.journal.store import Store
 from drumline.protocol.errors import InvalidConfig
 
@@ -102,7 +102,9 @@ def _open_once(path: str, term: int, again: bool) -> Opened:
         raise _opening_trouble(path, error) from error
     try:
         store = Store(path, connection, term)
-        if is_new(connection, path):
+        new = is_new(connection, path)
+        settle(connection, new)
+        if new:
             store.create()
             return Opened(store)
         loaded = _take_over(store, again)

@@ -31,17 +31,17 @@ SCHEMA = (
 
 
 def connect(path: str) -> sqlite3.Connection:
-    """A connection to an existing file, its settings made. Raises sqlite3.Error."""
-    connection = sqlite3.connect(path, timeout=BUSY_MS / 1000, isolation_level=None)
-    try:
+    """A connection to an existing file; it has changed nothing. Raises sqlite3.Error."""
+    return sqlite3.connect(path, timeout=BUSY_MS / 1000, isolation_level=None)
+
+
+def settle(connection: sqlite3.Connection, new: bool) -> None:
+    """Make the settings of a connection; ``new``: and of an empty file. Raises sqlite3.Error."""
+    if new:
         connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute("PRAGMA wal_autocheckpoint = 0")
-        connection.execute("PRAGMA secure_delete = OFF")
-        connection.execute(f"PRAGMA journal_size_limit = {SIZE_LIMIT_BYTES}")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA wal_autocheckpoint = 0")
+    connection.execute("PRAGMA secure_delete = OFF")
+    connection.execute(f"PRAGMA journal_size_limit = {SIZE_LIMIT_BYTES}")

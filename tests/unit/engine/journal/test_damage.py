@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.engine.journal.told import Heard, Told, check_prefix, committed, opened, submit
+from tests.unit.engine.journal.told import (
+    Heard,
+    Told,
+    beside,
+    check_prefix,
+    committed,
+    opened,
+    read,
+    submit,
+    there,
+    write,
+)
 
 HEADER_BYTES = 100
 
@@ -40,12 +51,12 @@ async def restored_from(original: Path, folder: Path, told: Told) -> tuple[int, 
 async def test_any_end_of_the_log_may_be_cut_off(tmp_path: Path) -> None:
     told = Told()
     original = await copy_of_a_killed_ones(tmp_path, told)
-    log = Path(f"{original}-wal").read_bytes()
+    log = read(original, "-wal")
     counts = []
-    for length in sorted(random.Random(1).sample(range(len(log)), 24)) + [len(log)]:
+    for length in [*sorted(random.Random(1).sample(range(len(log)), 24)), len(log)]:
         folder = tmp_path / str(length)
         shutil.copytree(original.parent, folder)
-        Path(f"{folder / original.name}-wal").write_bytes(log[:length])
+        write(folder / original.name, log[:length], "-wal")
         count, whole, heard = await restored_from(original, folder, told)
         assert whole == (length == len(log))
         assert heard.states == []
@@ -63,8 +74,8 @@ async def test_any_byte_may_be_another(tmp_path: Path, ending: str) -> None:
     if not ending:
         # A log hides what is in the file below it: here it was moved there.
         original = tmp_path / "live" / original.name
-        assert not Path(f"{original}-wal").exists()
-    good = Path(f"{original}{ending}").read_bytes()
+        assert not there(original, "-wal")
+    good = read(original, ending)
     everything = sum(len(stream.tokens) for streams in told.requests.values() for stream in streams)
     draw = random.Random(2)
     counts: list[int] = []
@@ -75,14 +86,14 @@ async def test_any_byte_may_be_another(tmp_path: Path, ending: str) -> None:
         shutil.copytree(original.parent, folder)
         damaged = bytearray(good)
         damaged[place] ^= 1 << draw.randrange(8)
-        Path(f"{folder / original.name}{ending}").write_bytes(damaged)
+        write(folder / original.name, bytes(damaged), ending)
         count, whole, heard = await restored_from(original, folder, told)
         counts.append(count)
         assert not whole or count == everything
         if heard.states:
             set_aside += 1
             assert heard.names == ["set aside"]
-            assert (folder / f"{original.name}.corrupt-1").exists()
+            assert there(folder / original.name, ".corrupt-1")
     if ending:
         # A transaction of the log and all after it are left out.
         assert set_aside == 0
@@ -97,7 +108,7 @@ async def test_a_file_of_something_else_is_set_aside_and_three_such_are_kept(tmp
     path = tmp_path / "journal.sqlite"
     for number in range(1, 6):
         heard = Heard()
-        path.write_bytes(b"something else %d" % number * 1000)
+        write(path, b"something else %d" % number * 1000)
         async with opened(path, number + 1, heard) as (journal, restored):
             assert restored == ()
             assert not journal.whole
@@ -105,10 +116,9 @@ async def test_a_file_of_something_else_is_set_aside_and_three_such_are_kept(tmp
             await committed(journal, told.accept(submit("r1")), told.step())
         assert heard.names == ["set aside"]
         assert f"corrupt-{number}" in heard.states[0][1]
-        Path(f"{path}-wal").unlink(missing_ok=True)
-    kept = sorted(one.name for one in tmp_path.iterdir() if "corrupt" in one.name)
+    kept = beside(tmp_path, "corrupt")
     assert kept == [f"journal.sqlite.corrupt-{number}" for number in (3, 4, 5)]
-    assert (tmp_path / kept[0]).read_bytes().startswith(b"something else 3")
+    assert read(tmp_path / kept[0]).startswith(b"something else 3")
 
 
 async def test_an_old_file_under_a_newer_log_is_noticed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A journal that cannot be written to: everything goes on, and what is missing is written down before it is on again."""
+"""A journal that cannot be written to: everything goes on; what is missing is written down before it is on again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,18 @@ from pathlib import Path
 import pytest
 
 from drumline.engine.journal import Journal, journal, journal_term
-from tests.unit.engine.journal.told import Heard, Told, check_prefix, committed, opened, plain, submit, until
+from tests.unit.engine.journal.told import (
+    Heard,
+    Told,
+    check_prefix,
+    committed,
+    opened,
+    plain,
+    remove,
+    submit,
+    there,
+    until,
+)
 
 
 @pytest.fixture
@@ -58,7 +69,7 @@ async def test_a_full_disk_degrades_at_once_and_nothing_waits(path: Path) -> Non
         assert heard.names == ["degraded"]
         assert "full" in heard.states[0][1]
         assert journal.state == "degraded"
-        assert not Path(f"{path}.whole").exists()
+        assert not there(path, ".whole")
         start = time.perf_counter()
         for _ in range(100):
             await committed(journal, told.step())
@@ -84,7 +95,7 @@ async def test_when_there_is_room_again_all_that_is_missing_is_written_before_it
             await asyncio.sleep(0.01)
         assert heard.names == ["degraded", "writable", "on"]
         await committed(journal, told.step())
-        assert Path(f"{path}.whole").exists()
+        assert there(path, ".whole")
     async with opened(path, 2) as (journal, restored):
         assert journal.whole
         assert plain(restored) == plain(told.snapshot())
@@ -162,7 +173,7 @@ async def test_a_file_that_somebody_removes_is_made_again(path: Path) -> None:
     async with opened(path, 1, heard) as (journal, _):
         answering(journal, told, heard)
         await committed(journal, told.accept(submit("r1")), told.step())
-        path.unlink()
+        remove(path)
         await asyncio.sleep(1.0)
         await committed(journal, told.step(), told.step())
         await until(lambda: "on" in heard.names)
@@ -186,7 +197,7 @@ async def test_a_file_that_is_damaged_while_it_is_used_is_set_aside(path: Path) 
         await until(lambda: "on" in heard.names)
         assert "set aside" in heard.names
         await committed(journal, told.step())
-    assert Path(f"{path}.corrupt-1").exists()
+    assert there(path, ".corrupt-1")
     async with opened(path, 2) as (_, restored):
         assert plain(restored) == plain(told.snapshot())
 

@@ -11,7 +11,19 @@ import pytest
 
 from drumline.engine.errors import EngineClosed, InvalidConfig
 from drumline.engine.journal import Batch, journal_term
-from tests.unit.engine.journal.told import Heard, Told, committed, opened, plain, submit, until
+from tests.unit.engine.journal.told import (
+    Heard,
+    Told,
+    committed,
+    mode,
+    opened,
+    plain,
+    read,
+    submit,
+    there,
+    until,
+    write,
+)
 
 
 @pytest.fixture
@@ -25,8 +37,8 @@ async def test_a_new_journal_is_empty_whole_and_nobody_elses_to_read(path: Path)
         assert restored == ()
         assert journal.whole
         assert journal.state == "on"
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert mode(path) == 0o600
+    assert mode(path.parent) == 0o700
     assert journal_term(str(path)) == 1
 
 
@@ -152,14 +164,14 @@ async def test_paths_that_cannot_be_a_journals_are_refused(tmp_path: Path) -> No
     with sqlite3.connect(tmp_path / "other") as other:
         other.execute("CREATE TABLE people (name)")
     other.close()
-    before = (tmp_path / "other").read_bytes()
+    before = read(tmp_path / "other")
     for name in ("pipe", "file/journal", "other", ""):
         with pytest.raises(InvalidConfig) as caught:
             async with opened(tmp_path / name, 1):
                 pass
         assert caught.value.field == "journal"
         assert str(tmp_path) in caught.value.found
-    assert (tmp_path / "other").read_bytes() == before
+    assert read(tmp_path / "other") == before
     assert journal_term(str(tmp_path / "other")) == 0
     with pytest.raises(InvalidConfig, match="journal: found /proc/folder/journal"):
         async with opened("/proc/folder/journal", 1):
@@ -173,19 +185,18 @@ async def test_a_journal_of_another_version_is_refused_and_left_as_it_is(path: P
         changed.execute("PRAGMA user_version = 9")
         changed.execute("UPDATE meta SET version = 9")
     changed.close()
-    before = path.read_bytes()
-    with pytest.raises(InvalidConfig, match="version 9.*valid: a journal of version 1"):
+    before = read(path)
+    with pytest.raises(InvalidConfig, match=r"version 9.*valid: a journal of version 1"):
         async with opened(path, 2):
             pass
-    assert path.read_bytes() == before
+    assert read(path) == before
 
 
 async def test_a_journal_that_did_not_begin_with_term_1_is_whole_after_a_while(path: Path) -> None:
     async with opened(path, 7, whole_after_s=0.1) as (journal, _):
         assert not journal.whole
-        mark = Path(f"{path}.whole")
-        assert not mark.exists()
-        await until(mark.exists)
+        assert not there(path, ".whole")
+        await until(lambda: there(path, ".whole"))
     async with opened(path, 8) as (journal, _):
         assert journal.whole
 
@@ -194,10 +205,10 @@ async def test_a_journal_without_its_last_batch_is_not_whole(path: Path) -> None
     told = Told()
     async with opened(path, 1) as (journal, _):
         await committed(journal, told.accept(submit("r1")), told.step())
-        saved = [Path(f"{path}{ending}").read_bytes() for ending in ("", "-wal")]
+        saved = [read(path, ending) for ending in ("", "-wal")]
         await committed(journal, told.step())
     for ending, data in zip(("", "-wal"), saved, strict=True):
-        Path(f"{path}{ending}").write_bytes(data)
+        write(path, data, ending)
     async with opened(path, 2) as (journal, restored):
         assert [one.tokens[0].tolist() for one in restored] == [told.requests["r1"][0].tokens[:1]]
         assert not journal.whole

@@ -61,6 +61,15 @@ class Told:
     def token(self, stream: Stream, position: int) -> int:
         return (sum(stream.request.request_id.encode()) * 31 + stream.index * 7 + position * position) % 50_000
 
+    def take_over(self, restored: tuple[RestoredRequest, ...]) -> None:
+        """Go on with what a journal gave back."""
+        for one in restored:
+            self.requests[one.submit.request_id] = [
+                Stream(one.submit, index, one.first_handle + index, tokens.tolist(), one.ends[index])
+                for index, tokens in enumerate(one.tokens)
+            ]
+            self._handles = max(self._handles, one.first_handle + one.submit.n - 1)
+
     def accept(self, *submits: Submit) -> Batch:
         notes = []
         for one in submits:
@@ -144,7 +153,7 @@ def plain(requests: tuple[RestoredRequest, ...]) -> list[object]:
 
 
 def check_prefix(told: Told, found: tuple[RestoredRequest, ...]) -> int:
-    """Every request is one of ``told``, every token what was told at its position. Returns how many tokens there are."""
+    """Every token is what was told at its position. Returns how many there are."""
     count = 0
     for one in found:
         assert one.submit.request_id == f"r{one.submit.request_id[1:]}"
@@ -153,6 +162,31 @@ def check_prefix(told: Told, found: tuple[RestoredRequest, ...]) -> int:
             assert tokens.tolist() == [told.token(stream, position) for position in range(len(tokens))]
             count += len(tokens)
     return count
+
+
+def read(path: Path, ending: str = "") -> bytes:
+    return path.with_name(path.name + ending).read_bytes()
+
+
+def write(path: Path, data: bytes, ending: str = "") -> None:
+    path.with_name(path.name + ending).write_bytes(data)
+
+
+def there(path: Path, ending: str = "") -> bool:
+    return path.with_name(path.name + ending).exists()
+
+
+def remove(path: Path, ending: str = "") -> None:
+    path.with_name(path.name + ending).unlink(missing_ok=True)
+
+
+def beside(folder: Path, part: str) -> list[str]:
+    """Names in a folder that have ``part`` in them."""
+    return sorted(one.name for one in folder.iterdir() if part in one.name)
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
 
 
 @dataclass
@@ -191,7 +225,7 @@ async def opened(
 async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     """Raises TimeoutError when the condition does not come true."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for happens in other threads
             await asyncio.sleep(0.005)
 
 

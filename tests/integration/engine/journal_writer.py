@@ -1,0 +1,56 @@
+"""A coordinator's journal in a process of its own, to be killed: ``python -m tests.integration.engine.journal_writer``
+with the path, the term, after how many bytes to compact, and how large a file may be (0: any size).
+
+Prints a line for every batch that was committed: how many tokens each stream had then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import resource
+import signal
+import sys
+
+from drumline.engine.delivery import Delivery
+from drumline.engine.journal import Journal
+from tests.unit.engine.journal.told import Told, submit
+
+
+async def write_for_ever(path: str, term: int, dead_bytes: int) -> None:
+    draw = random.Random(term)
+    told = Told()
+
+    def ended(*words: str) -> None:
+        os.write(1, (" ".join(("state", *words)) + "\n").encode())
+
+    journal, restored = Journal.open(path, term, on_state=ended, on_superseded=ended, dead_bytes=dead_bytes)
+    told.take_over(restored)
+    delivery = Delivery(journal)
+    number = term * 1_000_000
+    while True:
+        for _ in range(draw.randint(1, 4)):
+            number += 1
+            delivery.push(told.accept(submit(f"r{number}", n=draw.randint(1, 2))), lambda: None)
+        for _ in range(draw.randint(1, 8)):
+            batch = told.step(draw.randint(1, 3), ending=draw.choice(list(told.requests)))
+            counts = " ".join(
+                f"{streams[0].request.request_id}={','.join(str(len(stream.tokens)) for stream in streams)}"
+                for streams in told.requests.values()
+            )
+            delivery.push(batch, lambda counts=counts: os.write(1, f"kept {counts}\n".encode()))  # type: ignore[misc]
+            await asyncio.sleep(0)
+        while len(told.requests) > 8:
+            gone = draw.choice(list(told.requests))
+            os.write(1, f"going {gone}\n".encode())
+            delivery.push(told.forget(gone), lambda gone=gone: os.write(1, f"gone {gone}\n".encode()))  # type: ignore[misc]
+        await asyncio.sleep(draw.random() * 0.002)
+
+
+if __name__ == "__main__":
+    if limit := int(sys.argv[4]):
+        # Writing past that fails like a failing disk does.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    asyncio.run(write_for_ever(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

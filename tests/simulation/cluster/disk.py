@@ -60,30 +60,39 @@ class Disk:
     streams: dict[int, tuple[Kept, int]] = field(default_factory=dict)
 
     def restored(self) -> tuple[RestoredRequest, ...]:
-        """All that is kept."""
-        return tuple(kept.restored() for kept in self.requests.values())
+        """All that is kept, by ascending handle."""
+        kept = sorted(self.requests.values(), key=lambda one: one.first_handle)
+        return tuple(one.restored() for one in kept)
 
     def commit(self, batch: Batch) -> None:
-        """One batch, whole."""
+        """One batch, whole, in the order in which a batch is applied."""
+        for request_id in batch.forgotten:
+            gone = self.requests.pop(request_id, None)
+            if gone is not None:
+                self.streams = {handle: stream for handle, stream in self.streams.items() if stream[0] is not gone}
         for submit, first_handle in batch.accepted:
             self._keep(Kept.of(submit, first_handle))
+        for request_id, first_handle in batch.rehandled:
+            self._rehandle(request_id, first_handle)
         logprobs = dict(zip(batch.logprob_index.tolist(), batch.logprobs, strict=True))
-        for i, (handle, token) in enumerate(zip(batch.handles.tolist(), batch.tokens.tolist(), strict=True)):
-            kept, index = self._stream(handle)
-            kept.tokens[index].append(token)
-            if i in logprobs:
-                kept.logprobs[index].append(logprobs[i])
+        columns = (batch.handles.tolist(), batch.positions.tolist(), batch.tokens.tolist())
+        for i, (handle, position, token) in enumerate(zip(*columns, strict=True)):
+            self._token(handle, position, token, logprobs.get(i))
         for end in batch.ends:
             kept, index = self._stream(end.handle)
             kept.ends[index] = end
             del kept.tokens[index][end.num_tokens :]
             del kept.logprobs[index][end.num_tokens :]
-        for request_id, first_handle in batch.rehandled:
-            self._rehandle(request_id, first_handle)
-        for request_id in batch.forgotten:
-            kept_or_none = self.requests.pop(request_id, None)
-            if kept_or_none is not None:
-                self._drop_handles(kept_or_none)
+
+    def _token(self, handle: int, position: int, token: int, entry: LogprobEntry | None) -> None:
+        kept, index = self._stream(handle)
+        tokens = kept.tokens[index]
+        if position != len(tokens):
+            text = f"token {position} of {kept.submit.request_id}/{index} is journalled after {len(tokens)} tokens"
+            raise RuleBrokenError(text)
+        tokens.append(token)
+        if entry is not None:
+            kept.logprobs[index].append(entry)
 
     def replace(self, snapshot: Sequence[RestoredRequest]) -> None:
         """All of it anew."""
@@ -111,15 +120,10 @@ class Disk:
                 raise RuleBrokenError(f"handle {handle} of {kept.submit.request_id} is taken")
             self.streams[handle] = (kept, index)
 
-    def _drop_handles(self, kept: Kept) -> None:
-        for index in range(kept.submit.n):
-            self.streams.pop(kept.first_handle + index, None)
-
     def _rehandle(self, request_id: str, first_handle: int) -> None:
         kept = self.requests.get(request_id)
         if kept is None:
             raise RuleBrokenError(f"{request_id} gets handles from {first_handle} on and is not journalled")
-        self._drop_handles(kept)
         kept.first_handle = first_handle
         self._take_handles(kept)
 

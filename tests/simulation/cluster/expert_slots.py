@@ -83,17 +83,21 @@ class ExpertSlots:
         for layer, slot, source, source_slot in self.configure.fetches.tolist():
             wanted = int(self.configure.placement[layer, slot])
             place, own = self.receiver(layer, slot)
-            if source != CHECKPOINT:
-                held = before[source] if source in before else None
-                found = int(held[layer, source_slot]) if held is not None and source_slot < held.shape[1] else None
-                if found != wanted:
+            if source != CHECKPOINT and not self._holds(before.get(source), layer, source_slot, wanted):
+                receiver = ranks[members[place].rank]
+                # A second slot of a rank may be a copy of one that was fetched just before.
+                if source != receiver.rank or not self._holds(receiver.held, layer, source_slot, wanted):
                     text = f"expert {wanted} of layer {layer} is fetched from slot {source_slot} of rank {source}"
-                    raise RuleBrokenError(f"{text}, which holds {found}")
+                    raise RuleBrokenError(f"{text}, which does not hold it: {before.get(source)}")
             ranks[members[place].rank].held[layer, own] = wanted
         for place, member in enumerate(members):
             held, needed = ranks[member.rank].held, self.wanted(place)
             if not np.array_equal(held, needed):
                 raise RuleBrokenError(f"rank {member.rank} holds {held.tolist()} and should hold {needed.tolist()}")
+
+    @staticmethod
+    def _holds(held: I32Matrix | None, layer: int, slot: int, expert: int) -> bool:
+        return held is not None and slot < held.shape[1] and int(held[layer, slot]) == expert
 
     def carry_out_in_part(self, rank: int, process: SimRank, chance: random.Random) -> None:
         """What a rank holds that was called away in the middle: some fetches done, one perhaps half-way."""

@@ -1,1 +1,1 @@
-"""A whole engine on a virtual clock: the real coordinator's decisions, simulated ranks, supervisor, journal, clients."""
+"""A whole engine on a virtual clock: the real decisions of a coordinator, with ranks, supervisor, journal, clients."""

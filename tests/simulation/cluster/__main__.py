@@ -1,4 +1,4 @@
-"""Random days of a whole engine: ``python -m tests.simulation.cluster --minutes 20``, or ``--seed N -v`` replays one."""
+"""Random days of a whole engine: ``python -m tests.simulation.cluster --minutes 20``; ``--seed N -v`` replays one."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class SimClient:
         self._waiting: list[Asked] = []
         self._beat()
 
-    # ------------------------------------------------------------------------------------------------------- connections
+    # -------------------------------------------------------------------- connections
 
     def connect(self) -> None:
         """Come to the coordinator that listens, or to the next one."""
@@ -122,7 +122,7 @@ class SimClient:
         self.send(BeatClient(f"client-{self.number}-{self._lives}"))
         self.clock.after(3.0, self._beat)
 
-    # ---------------------------------------------------------------------------------------------------------- requests
+    # -------------------------------------------------------------------- requests
 
     def ask(self, wanted: Wanted) -> None:
         """Submit a request, when there is an engine to submit it to."""
@@ -173,7 +173,7 @@ class SimClient:
             for call_id in asked.cancel_calls:
                 self.send(Cancel(call_id, asked.request_id))
 
-    # ------------------------------------------------------------------------------------------------------------ reading
+    # -------------------------------------------------------------------- reading
 
     def pause(self, seconds: float) -> None:
         """Read nothing for so long."""

@@ -74,7 +74,7 @@ class Cluster:
         self._tokens += 1
         return f"token-{self._tokens}"
 
-    # ------------------------------------------------------------------------------------------------------------ epochs
+    # -------------------------------------------------------------------- epochs
 
     def lives(self, rank: int, incarnation: str) -> bool:
         """Whether this very process of ``rank`` is there."""
@@ -126,7 +126,7 @@ class Cluster:
         line = self.hub.lines.get(identity)
         return any(client.line is line and client.is_full for client in self.clients)
 
-    # --------------------------------------------------------------------------------------------------------- the day
+    # -------------------------------------------------------------------- the day
 
     def run(self, last_fault: float) -> None:
         """Until everything has ended and come to rest. Raises :class:`RuleBrokenError` when it does not."""

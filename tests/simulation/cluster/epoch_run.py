@@ -15,7 +15,8 @@ import numpy as np
 from drumline.protocol.messages import Configure, Step, StepDone
 from tests.simulation.cluster.expert_slots import ExpertSlots
 from tests.simulation.cluster.kv_worker import EpochWorker
-from tests.simulation.cluster.rank import SIGSEGV, SimRank
+from tests.simulation.cluster.process import SIGSEGV
+from tests.simulation.cluster.rank import SimRank
 from tests.simulation.worker import RuleBrokenError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class EpochRun:
         if self.order != sorted(self.order) or not set(self.order) <= set(self.cluster.shape.groups[self.group]):
             raise RuleBrokenError(f"members {self.order} of group {self.group}")
 
-    # ------------------------------------------------------------------------------------------------------------- to meet
+    # -------------------------------------------------------------------- to meet
 
     def enter(self, process: SimRank, configure: Configure) -> None:
         """A rank comes, told ``configure``."""
@@ -131,7 +132,7 @@ class EpochRun:
             reporting = self.order[self.layout.reporting_rank(replica)]
             self.workers.append(EpochWorker(shape.core, reporting, replica, slots, term, epoch, shape.num_blocks))
 
-    # ------------------------------------------------------------------------------------------------------- to be left
+    # -------------------------------------------------------------------- to be left
 
     def gone(self, process: SimRank, why: str) -> None:
         """A rank has left, failed or died: the others wait for it in vain, or find out."""
@@ -168,7 +169,7 @@ class EpochRun:
             elif self._running is not None:
                 self._finish()
 
-    # ------------------------------------------------------------------------------------------------------------- steps
+    # -------------------------------------------------------------------- steps
 
     def try_start(self) -> None:
         """A step begins when every member has it and none is in another."""

@@ -22,9 +22,7 @@ class ExpertSlots:
     Raises :class:`RuleBrokenError` for a placement that leaves an expert out, or has slots that do not add up.
     """
 
-    def __init__(
-        self, configure: Configure, layout: Layout, stage_of_layer: Sequence[int], num_experts: int
-    ) -> None:
+    def __init__(self, configure: Configure, layout: Layout, stage_of_layer: Sequence[int], num_experts: int) -> None:
         self.configure = configure
         self._layout = layout
         self._stages = stage_of_layer

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from drumline.protocol.messages import Step
 from tests.simulation.cluster.clock import Clock
-from tests.simulation.cluster.rank import SIGKILL, SIGSEGV, SimRank
+from tests.simulation.cluster.process import SIGKILL, SIGSEGV
+from tests.simulation.cluster.rank import SimRank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

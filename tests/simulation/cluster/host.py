@@ -110,7 +110,7 @@ class Host:
     def core(self) -> EngineCore | None:
         return self.coordination.core
 
-    # ------------------------------------------------------------------------------------------------------ what comes in
+    # -------------------------------------------------------------------- what comes in
 
     def from_ranks(self, identity: bytes, message: FromWorkerSide) -> None:
         """Anything from a rank or the supervisor."""
@@ -149,7 +149,7 @@ class Host:
         moment = now + TICK_S if due is None else min(now + TICK_S, due)
         self.clock.at(max(moment, now + 0.001), self._tick)
 
-    # -------------------------------------------------------------------------------------------- what the port asks for
+    # -------------------------------------------------------------------- what the port asks for
 
     def refusal(self) -> ErrorInfo | None:
         """Why nothing is admitted now."""
@@ -182,7 +182,7 @@ class Host:
             core.maintain(now)
             self.cluster.rules.note_waves()
 
-    # ---------------------------------------------------------------------------------------------------- what goes out
+    # -------------------------------------------------------------------- what goes out
 
     def _carry_out(self, now: float) -> None:
         while self.alive and (outputs := self.coordination.take()):
@@ -268,7 +268,7 @@ class Host:
         )
         self.clients.connections.broadcast(self.welcome)
 
-    # ---------------------------------------------------------------------------------------------------------- its end
+    # -------------------------------------------------------------------- its end
 
     def end(self, ended: Ended) -> None:
         """The engine ends: every request with an error, every rank is told."""

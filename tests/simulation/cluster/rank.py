@@ -33,6 +33,7 @@ from drumline.protocol.messages import (
     ToWorker,
     WelcomeWorker,
 )
+from tests.simulation.cluster.process import SimProcess
 from tests.simulation.cluster.shape import DIGEST
 from tests.simulation.worker import RuleBrokenError
 
@@ -42,26 +43,20 @@ if TYPE_CHECKING:
     from tests.simulation.cluster.wires import Line
 
 LEAVE_S = 0.02
-SIGKILL, SIGSEGV, SIGABRT = 9, 11, 6
 NOTHING: I32Matrix = np.zeros((0, 0), dtype=np.int32)
 NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 
-class SimRank:
+class SimRank(SimProcess):
     """A process. ``left`` is the newest (term, epoch) that it has been told to come out for, ``run`` the epoch that it
-    is in, ``held`` what its expert slots hold. ``hung``: the main thread stands still for good."""
+    is in, ``held`` what its expert slots hold."""
 
     def __init__(self, cluster: Cluster, rank: int, token: str, pid: int) -> None:
+        super().__init__(cluster.clock, pid)
         self.cluster = cluster
-        self.clock = cluster.clock
         self.rank = rank
         self.token = token
-        self.pid = pid
         self.incarnation = f"{rank}-{pid}"
-        self.alive = True
-        self.stopped = False
-        self.hung = False
-        self.factor = 1.0
         self.term = 0
         self.left = (0, 0)
         self.said_left = False
@@ -76,7 +71,6 @@ class SimRank:
         self.line: Line | None = None
         self.fenced = False
         self.stale = 0
-        self._asleep: list[Callable[[], None]] = []
         self._welcomed = False
         self._handlers: dict[type, Callable[..., None]] = {
             WelcomeWorker: self._welcome,
@@ -92,51 +86,7 @@ class SimRank:
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid})"
 
-    # ------------------------------------------------------------------------------------------------------- the process
-
-    def later(self, seconds: float, act: Callable[[], None]) -> None:
-        """Do something in so many seconds, unless the process has ended; while it is stopped it waits."""
-        self.clock.after(seconds, partial(self._wake, act))
-
-    def soon(self, mean: float, act: Callable[[], None]) -> None:
-        """The same after a random time."""
-        self.later(self.clock.random.expovariate(1.0) * mean, act)
-
-    def _wake(self, act: Callable[[], None]) -> None:
-        if not self.alive:
-            return
-        if self.stopped:
-            self._asleep.append(act)
-        else:
-            act()
-
-    def stop(self, seconds: float) -> None:
-        """SIGSTOP, and SIGCONT in ``seconds`` (0: never)."""
-        if not self.alive or self.stopped:
-            return
-        self.stopped = True
-        self.clock.note(f"{self} is stopped for {seconds:.2f} s")
-        if seconds > 0:
-            self.clock.after(seconds, self.go_on)
-
-    def go_on(self) -> None:
-        """SIGCONT: everything that waited comes to pass now."""
-        if not self.alive or not self.stopped:
-            return
-        self.stopped = False
-        self.clock.note(f"{self} goes on")
-        asleep, self._asleep = self._asleep, []
-        for act in asleep:
-            self._wake(act)
-        if self.run is not None:
-            self.run.wake()
-
-    def end(self, code: int = 0, signal: int = 0) -> None:
-        """The process ends."""
-        if not self.alive:
-            return
-        self.alive = False
-        self.clock.note(f"{self} ends, code {code} signal {signal}")
+    def ended(self, code: int, signal: int) -> None:
         run, self.run = self.run, None
         if run is not None:
             run.gone(self, "died")
@@ -144,13 +94,11 @@ class SimRank:
             self.line.cut()
         self.cluster.supervisor.ended(self, code, signal)
 
-    def hang(self) -> None:
-        """The main thread stands still for good, the control thread goes on."""
-        if self.alive:
-            self.hung = True
-            self.clock.note(f"{self} hangs")
+    def went_on(self) -> None:
+        if self.run is not None:
+            self.run.wake()
 
-    # -------------------------------------------------------------------------------------------- towards the coordinator
+    # -------------------------------------------------------------------- towards the coordinator
 
     def start(self) -> None:
         """Connect for the first time, and beat."""
@@ -210,7 +158,7 @@ class SimRank:
             return
         handler(message)
 
-    # ------------------------------------------------------------------------------------------------------------ loading
+    # -------------------------------------------------------------------- loading
 
     def _welcome(self, message: WelcomeWorker) -> None:
         if message.digest != DIGEST:
@@ -239,7 +187,7 @@ class SimRank:
             Loaded(self.term, self.rank, DIGEST, shape.num_blocks, 64, 1000, shape.load_s, "cpu", shape.free_bytes)
         )
 
-    # ------------------------------------------------------------------------------------------------------------- epochs
+    # -------------------------------------------------------------------- epochs
 
     def _leave(self, message: Leave) -> None:
         told = (message.term, message.epoch)
@@ -324,7 +272,7 @@ class SimRank:
         shape = self.cluster.shape
         self.send(Ready(*self.left, self.rank, DIGEST, shape.num_blocks, 64, 1000, shape.load_s, "cpu"))
 
-    # -------------------------------------------------------------------------------------------------------------- steps
+    # -------------------------------------------------------------------- steps
 
     def _step(self, message: Step) -> None:
         told = (message.term, message.epoch)
@@ -364,7 +312,7 @@ class SimRank:
             self.broken(what)
         self.fault("protocol", what)
 
-    # ---------------------------------------------------------------------------------------------------------------- end
+    # -------------------------------------------------------------------- end
 
     def _shutdown(self, message: Shutdown) -> None:
         self.fenced = True

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.members import Ended, ToPeer, ToReplica
 from drumline.protocol.errors import ErrorInfo
-from drumline.protocol.messages import Accepted, Configure, Finished, Leave, Resumed, Step, ToClient, Tokens
+from drumline.protocol.messages import Configure, Leave, Step, ToClient
+from tests.simulation.cluster.delivery_rules import DeliveryRules
 from tests.simulation.cluster.rest import Rest
 from tests.simulation.cluster.step_rules import ClusterStepRules
 from tests.simulation.cluster.streams import Asked
@@ -30,12 +31,12 @@ class Rules:
         self.clock = cluster.clock
         self.rest = Rest(cluster)
         self.steps: ClusterStepRules | None = None
-        self._handles: dict[tuple[bytes, int], tuple[str, int]] = {}
+        self.delivery = DeliveryRules()
         self._epochs: dict[int, tuple[int, int]] = {}
         self._hits: dict[int, int] = {}
         self._sent = 0
 
-    # ------------------------------------------------------------------------------------------------------------- ranks
+    # -------------------------------------------------------------------- ranks
 
     def started(self, rank: int, starts: Sequence[float]) -> None:
         """No rank is started again more often than the limit says."""
@@ -94,49 +95,17 @@ class Rules:
     def coordinator_died(self, host: Host) -> None:
         """Its core is gone with it."""
         self.steps = None
-        self._handles.clear()
+        self.delivery = DeliveryRules()
 
-    # ----------------------------------------------------------------------------------------------------------- delivery
+    # -------------------------------------------------------------------- delivery
 
     def delivered(self, host: Host, identity: bytes, message: ToClient) -> None:
         """Nothing about requests leaves before it is on disk."""
         disk = self.cluster.disk
-        if not self.cluster.shape.keeps_journal or host.keeping.state == "degraded" or not disk.whole:
-            return
-        if isinstance(message, Accepted | Resumed):
-            request_id = message.request_id
-            for index, handle in enumerate(message.handles.tolist()):
-                self._handles[identity, handle] = (request_id, index)
-            kept = disk.requests.get(request_id)
-            if kept is None and request_id not in disk.ever:
-                raise RuleBrokenError(f"{request_id}: {type(message).__name__} is sent before it is journalled")
-            if isinstance(message, Resumed) and kept is not None:
-                for index, tokens in enumerate(message.tokens):
-                    if len(tokens) > len(kept.tokens[index]):
-                        raise RuleBrokenError(
-                            f"{request_id}/{index}: resumed with {len(tokens)} tokens of {len(kept.tokens[index])} on disk"
-                        )
-        elif isinstance(message, Tokens):
-            for handle, position in zip(message.handles.tolist(), message.positions.tolist(), strict=True):
-                request_id, index = self._stream(identity, handle)
-                kept = disk.requests.get(request_id)
-                if kept is not None and kept.ends[index] is None and position >= len(kept.tokens[index]):
-                    raise RuleBrokenError(f"{request_id}/{index}: token {position} is sent before it is journalled")
-                if kept is None and request_id not in disk.ever:
-                    raise RuleBrokenError(f"{request_id} is sent tokens and was never journalled")
-        elif isinstance(message, Finished):
-            for end in message.ends:
-                kept = disk.requests.get(end.request_id)
-                if kept is not None and kept.ends[end.index] is None:
-                    raise RuleBrokenError(f"{end.request_id}/{end.index}: its end is sent before it is journalled")
+        if self.cluster.shape.keeps_journal and host.keeping.state != "degraded" and disk.whole:
+            self.delivery.check(disk, identity, message)
 
-    def _stream(self, identity: bytes, handle: int) -> tuple[str, int]:
-        found = self._handles.get((identity, handle))
-        if found is None:
-            raise RuleBrokenError(f"tokens of stream {handle} go to {identity!r}, which was not told of it")
-        return found
-
-    # ----------------------------------------------------------------------------------------------------------- requests
+    # -------------------------------------------------------------------- requests
 
     def accepted(self, asked: Asked) -> None:
         """A request is taken in: from here on it may not be lost."""

@@ -22,7 +22,7 @@ class Shape:
     """Times are mean virtual seconds. ``num_experts`` 0: a dense model, whose engine replicas do not meet.
 
     ``growth_bytes``: how much memory each rank may take for experts of lost ranks, ``None``: as the engine chooses.
-    ``silent_deaths``: the chance that nobody tells of a process that ended. ``kill_s``: how long an order to kill takes.
+    ``silent_deaths``: the chance that nobody tells of a process that ended. ``kill_s``: how long a kill takes.
     """
 
     layout: Layout
@@ -101,6 +101,4 @@ class Shape:
             expert_growth_bytes=self.growth_bytes,
             restart_limit=self.restart_limit,
         )
-        return CoordinationConfig(
-            membership=membership, core=self.core, layout=self.layout, seed=seed, hash_key=seed
-        )
+        return CoordinationConfig(membership=membership, core=self.core, layout=self.layout, seed=seed, hash_key=seed)

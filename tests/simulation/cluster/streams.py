@@ -16,8 +16,8 @@ from tests.simulation.worker import RuleBrokenError
 class Wanted:
     """One request and what its client will do to it. Times are virtual seconds; negative means never.
 
-    ``stop_after``: the client finds a stop string after so many tokens of index 0 (0: never). ``poison``: it kills every
-    rank that computes it. ``not_finite``: its logits are NaN. ``client``: who submits it.
+    ``stop_after``: the client finds a stop string after so many tokens of index 0 (0: never). ``poison``: it kills
+    every rank that computes it. ``not_finite``: its logits are NaN. ``client``: who submits it.
     """
 
     submit: Submit

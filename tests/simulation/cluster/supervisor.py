@@ -17,7 +17,8 @@ from drumline.protocol.messages import (
     Stopping,
     ToSupervisor,
 )
-from tests.simulation.cluster.rank import SIGKILL, SimRank
+from tests.simulation.cluster.process import SIGKILL
+from tests.simulation.cluster.rank import SimRank
 from tests.simulation.cluster.shape import SUPERVISOR_TOKEN
 from tests.simulation.worker import RuleBrokenError
 

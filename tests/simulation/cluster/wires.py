@@ -60,8 +60,8 @@ class MessageFaults:
 
 @dataclass(slots=True)
 class Wire:
-    """One direction of a connection. What is under way when it is cut is lost. ``tampered``: a fault has befallen one of
-    its messages, so that what comes out need not be what the protocol says."""
+    """One direction of a connection. What is under way when it is cut is lost. ``tampered``: a fault has befallen one
+    of its messages, so that what comes out need not be what the protocol says."""
 
     clock: Clock
     delay: float

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import Counter
 
-from tests.simulation.cluster import __main__ as cluster
+from tests.simulation.cluster import soak as cluster
 from tests.simulation.scenario import make_scenario
 from tests.simulation.simulation import run_scenario
 from tests.simulation.worker import RuleBrokenError

@@ -38,9 +38,7 @@ _EVERY_BATCH = (
 )
 
 
-@settings(
-    max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(schedules())
 def test_any_schedule_that_can_be_drawn_ends_whole(schedule: Schedule) -> None:
     run_schedule(schedule)

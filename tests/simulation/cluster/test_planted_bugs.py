@@ -78,5 +78,9 @@ def test_a_planted_bug_is_caught_and_the_seed_that_replays_it_named(
 ) -> None:
     plant(monkeypatch)
     with pytest.raises(RuleBrokenError, match=r"seed (\d+) at [^\0]*cluster --seed \1"):
-        for seed in range(MOST_SCHEDULES):
-            run_schedule(make_schedule(seed))
+        _run_seeds()
+
+
+def _run_seeds() -> None:
+    for seed in range(MOST_SCHEDULES):
+        run_schedule(make_schedule(seed))

@@ -16,6 +16,8 @@ from tests.simulation.cluster.shape import RESUME_WINDOW_S, Shape
 from tests.simulation.cluster.supervisor import SimSupervisor
 from tests.simulation.worker import NOTHING_WRITTEN, RuleBrokenError
 
+ZOMBIES_S = 60.0
+"""A stopped process goes on, and an order to kill arrives, within this time."""
 MAX_EVENTS = 60_000
 EVENTS_BETWEEN_LOOKS = 8
 PATIENCE_S = 900.0
@@ -138,6 +140,8 @@ class Cluster:
         if self.engine_ended:
             return
         self._go_on(1.0)
+        if self.rules.rest.zombies:
+            self._go_on(ZOMBIES_S)
         if self.rules.rest.remembered:
             self._go_on(RESUME_WINDOW_S + 5.0)
         self.rules.rest.check()

@@ -167,9 +167,9 @@ class SimRank(SimProcess):
         self._welcomed = True
 
     def _load(self, message: Load) -> None:
-        if not self._welcomed or (self.loaded and not self.tampered):
+        if not self.tampered and (self.loaded or not self._welcomed):
             self.broken("is told to load before its welcome, or again")
-        if self.loading or self.loaded:
+        if self.loading or self.loaded or not self._welcomed:
             return
         self.loading = True
         cluster = self.cluster
@@ -183,6 +183,10 @@ class SimRank(SimProcess):
         shape = self.cluster.shape
         self.loading, self.loaded = False, True
         self.held = experts.copy()
+        if self.held.size:
+            # Of the layers of other stages it has none.
+            stage = shape.layout.coordinates(self.rank).pp_rank
+            self.held[[layer for layer, of_layer in enumerate(shape.moe_layer_stage) if of_layer != stage]] = -1
         self.send(
             Loaded(self.term, self.rank, DIGEST, shape.num_blocks, 64, 1000, shape.load_s, "cpu", shape.free_bytes)
         )

@@ -36,6 +36,16 @@ class Rest:
         kept = bool(self.cluster.disk.requests)
         return kept or (host is not None and host.core is not None and bool(host.core._book._requests))
 
+    @property
+    def zombies(self) -> list[str]:
+        """Processes whose place is taken and that have not been killed or fenced yet."""
+        host = self.cluster.hub.host
+        if host is None:
+            return []
+        ranks = host.coordination.membership.ranks
+        processes = self.cluster.supervisor.processes.values()
+        return [str(one) for one in processes if ranks[one.rank].incarnation != one.incarnation]
+
     def standing(self) -> str:
         """Where everything stands, for a failure's text."""
         host = self.cluster.hub.host
@@ -63,7 +73,5 @@ class Rest:
         counters = host.keeping.counters()
         if counters.get("waiting", 0):
             raise RuleBrokenError(f"deliveries wait for ever: {counters}")
-        for process in self.cluster.supervisor.processes.values():
-            record = host.coordination.membership.ranks[process.rank]
-            if record.incarnation != process.incarnation and not self.cluster.may_end:
-                raise RuleBrokenError(f"{process} lives and is not the present one of its rank, {record.incarnation}")
+        if self.zombies and not self.cluster.may_end:
+            raise RuleBrokenError(f"{self.zombies} live and their places are taken")

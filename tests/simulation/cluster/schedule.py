@@ -189,7 +189,7 @@ def make_message_fault(rng: random.Random, ranks: int, day: float) -> TimedMessa
         ranks=(rng.randrange(ranks),) if rng.random() < 0.7 else (),
         probability=rng.choice((0.1, 0.5, 1.0)),
         seed=rng.randrange(1000),
-        seconds=rng.choice((0.01, 0.5)) if kind == "delay" else 0.0,
+        seconds=rng.choice((0.01, 0.2, 1.0)) if kind in ("delay", "duplicate") else 0.0,
         lasting_s=rng.uniform(0.2, 2.0),
         times=rng.choice((1, 2, 5)),
     )

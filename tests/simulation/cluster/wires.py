@@ -86,10 +86,10 @@ class Wire:
             clock.note(f"{fault.kind} {type(message).__name__} {self.direction} rank {self.rank}")
             if fault.kind in ("drop", "corrupt"):
                 return
+            # What is late comes whenever it comes, and so does the second copy of what is double.
+            clock.after(fault.seconds + self._latency(), partial(self._arrive, message))
             if fault.kind == "delay":
-                clock.after(fault.seconds + self._latency(), partial(self._arrive, message))
                 return
-            self._in_order(message)
         self._in_order(message)
 
     def _latency(self) -> float:

@@ -25,21 +25,21 @@ PATIENCE_S = 900.0
 
 
 class Cluster:
-    """One engine. ``term`` is that of its newest coordinator, ``may_end``: a rank may end so often that the engine
-    does."""
+    """One engine. ``term`` is that of its newest coordinator, ``crash_loop``: a rank ends again and again;
+    ``may_end``: and so may the engine."""
 
     def __init__(self, shape: Shape, seed: int, clients: int, verbose: bool = False) -> None:
         self.shape = shape
         self.seed = seed
         self.clock = Clock(seed, verbose)
-        self.faults = Faults(self.clock)
+        self.faults = Faults(self.clock, self.kill_coordinator)
         self.rules = Rules(self)
         self.hub = Hub(self)
         self.disk = Disk()
         self.supervisor = SimSupervisor(self)
         self.term = 0
         self.term_since = 0.0
-        self.may_end = False
+        self.may_end = self.crash_loop = False
         self.engine_ended = False
         self.was_degraded = False
         self._tokens = 0
@@ -70,6 +70,18 @@ class Cluster:
         if self.hub.host is not None:
             self.clock.seen["fault_coordinator"] += 1
             self.hub.host.kill()
+
+    def kill_everything(self) -> None:
+        """The supervisor dies, and all that it owns; somebody starts it again."""
+        if self.engine_ended:
+            return
+        self.clock.seen["fault_everything"] += 1
+        host, supervisor = self.hub.host, self.supervisor
+        supervisor.stop_all()
+        if host is not None:
+            host.kill()
+        self.supervisor = SimSupervisor(self, supervisor.pids)
+        self.clock.after(1.0, self.start_coordinator)
 
     def new_token(self) -> str:
         """A launch token."""

@@ -17,7 +17,7 @@ class Day:
     def __init__(self, schedule: Schedule, verbose: bool = False) -> None:
         self.schedule = schedule
         self.cluster = Cluster(schedule.shape, schedule.seed, CLIENTS, verbose)
-        self.cluster.may_end = schedule.crash_loop
+        self.cluster.may_end, self.cluster.crash_loop = schedule.may_end, schedule.crash_loop
 
     def run(self) -> Counter[str]:
         """Returns what was seen. Raises :class:`RuleBrokenError` at the first broken rule."""
@@ -53,6 +53,11 @@ class Day:
         cluster.clock.note(f"fault: {fault.kind} {fault.who} for {fault.seconds:.2f} s")
         if fault.kind == "coordinator":
             cluster.kill_coordinator()
+        elif fault.kind == "stopped_coordinator":
+            if cluster.hub.host is not None:
+                cluster.hub.host.stop(fault.seconds)
+        elif fault.kind == "everything":
+            cluster.kill_everything()
         elif fault.kind == "connection":
             cluster.clients[fault.who].lose_connection()
         elif fault.kind == "client":

@@ -135,10 +135,18 @@ class Disk:
 
 
 class SimJournal:
-    """The journal of one coordinator: commits in groups, some time after :meth:`append`."""
+    """The journal of one coordinator: commits in groups, some time after :meth:`append`. ``act`` does something in the
+    coordinator's loop."""
 
-    def __init__(self, cluster: Cluster, disk: Disk, on_state: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        disk: Disk,
+        on_state: Callable[[str, str], None],
+        act: Callable[[Callable[[], None]], None],
+    ) -> None:
         self._cluster = cluster
+        self._act = act
         self._clock = cluster.clock
         self._disk = disk
         self._on_state = on_state
@@ -178,7 +186,7 @@ class SimJournal:
     def _call(self, calls: Sequence[Callable[[], None]]) -> None:
         for call in calls:
             if not self._gone:
-                call()
+                self._act(call)
 
     def _degrade(self) -> None:
         self.state = "degraded"

@@ -11,10 +11,11 @@ from tests.simulation.cluster.process import SIGKILL, SIGSEGV
 from tests.simulation.cluster.rank import SimRank
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-RANK_KINDS = ("kill", "stop", "exit", "segv", "raise", "nan", "hang", "slow")
-POINTS = ("now", "loading", "leave", "regroup", "joining", "idle", "step", "prefill", "decode")
+RANK_KINDS = ("kill", "stop", "exit", "segv", "raise", "nan", "hang", "slow", "coordinator")
+"""The last one kills the coordinator when the rank comes to the point."""
+POINTS = ("now", "loading", "leave", "regroup", "joining", "step", "prefill", "decode")
 
 
 @dataclass(slots=True)
@@ -32,8 +33,9 @@ class RankFault:
 class Faults:
     """``poison`` and ``not_finite``: seeds of requests that kill ranks, or whose numbers are not finite."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, kill_coordinator: Callable[[], None]) -> None:
         self._clock = clock
+        self._kill_coordinator = kill_coordinator
         self._armed: list[RankFault] = []
         self._not_finite_next: set[int] = set()
         self.poison: set[int] = set()
@@ -76,6 +78,8 @@ class Faults:
             process.end(code=1)
         elif fault.kind == "segv":
             process.end(signal=SIGSEGV)
+        elif fault.kind == "coordinator":
+            self._kill_coordinator()
         elif fault.kind == "raise":
             process.fault("internal", "RuntimeError: injected")
         elif fault.kind == "nan":

@@ -11,6 +11,7 @@ from drumline.engine.client_port import ClientPort
 from drumline.engine.core.coordination import Coordination
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.members import Ended, Loading, Ready, Tell, ToOwner, ToPeer, ToReplica
+from drumline.engine.running_clock import RunningClock
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
@@ -57,7 +58,7 @@ class SimClientPort(ClientPort):
 
     def __init__(self, host: Host) -> None:
         self._engine = host  # type: ignore[assignment]  # it serves no layout and no status
-        self._now = lambda: host.cluster.clock.now
+        self._now = lambda: host.now
         self.router = SimRouter(host.to_client)  # type: ignore[assignment]
         self.connections = Connections(self._send)
         self.unknown_peers = 0
@@ -92,12 +93,15 @@ class Host:
         self.clock = cluster.clock
         self.term = term
         self.alive = True
+        self._stopped = False
+        self._running = RunningClock(lambda: self.clock.now)
+        self._asleep: list[Callable[[], None]] = []
         self.ended: Ended | None = None
         self.keeping = SimKeeping(cluster, self)
         self.coordination = Coordination(
             cluster.shape.coordination(term, cluster.seed),
             new_token=cluster.new_token,
-            now=self.clock.now,
+            now=self.now,
             restored=self.keeping.restored,
         )
         self.clients = SimClientPort(self)
@@ -107,6 +111,30 @@ class Host:
         self.clock.after(TICK_S, self._tick)
 
     @property
+    def now(self) -> float:
+        """Of the real running clock: time in which this process was stopped does not count."""
+        return self._running.now()
+
+    def act(self, do: Callable[[], None]) -> None:
+        """Do something in this process: not while it is stopped, nor after its end."""
+        if self._stopped:
+            self._asleep.append(do)
+        elif self.alive:
+            do()
+
+    def stop(self, seconds: float) -> None:
+        """SIGSTOP, and SIGCONT in ``seconds``."""
+        if self.alive and not self._stopped:
+            self._stopped = True
+            self.clock.after(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        self._stopped = False
+        asleep, self._asleep = self._asleep, []
+        for do in asleep:
+            self.act(do)
+
+    @property
     def core(self) -> EngineCore | None:
         return self.coordination.core
 
@@ -114,29 +142,31 @@ class Host:
 
     def from_ranks(self, identity: bytes, message: FromWorkerSide) -> None:
         """Anything from a rank or the supervisor."""
-        if not self.alive:
-            return
-        serve = self.coordination.from_workers(identity, message, self.clock.now)
-        self.changed(self.clock.now, serve is not False)
+        self.act(partial(self._from_ranks, identity, message))
+
+    def _from_ranks(self, identity: bytes, message: FromWorkerSide) -> None:
+        now = self.now
+        self.changed(now, self.coordination.from_workers(identity, message, now))
 
     def from_client(self, identity: bytes, message: FromClient) -> None:
         """Anything from a client."""
-        if not self.alive:
-            return
-        now = self.clock.now
+        self.act(partial(self._from_client, identity, message))
+
+    def _from_client(self, identity: bytes, message: FromClient) -> None:
+        now = self.now
         self.cluster.rules.note_waves()
         self.clients.receive(identity, message, now)
         self.changed(now)
 
     def client_lost(self, identity: bytes) -> None:
         """The socket says that a client's connection has ended."""
-        if self.alive:
-            self.clients.lost(identity, self.clock.now)
+        self.act(lambda: self.clients.lost(identity, self.now))
 
     def _tick(self) -> None:
-        if not self.alive:
-            return
-        now = self.clock.now
+        self.act(self._tick_now)
+
+    def _tick_now(self) -> None:
+        now = self.now
         self.coordination.tick(now)
         self.clients.tick(now)
         if now - self._beat_at >= 0.9:
@@ -147,7 +177,7 @@ class Host:
             return
         due = self.coordination.due_at(now)
         moment = now + TICK_S if due is None else min(now + TICK_S, due)
-        self.clock.at(max(moment, now + 0.001), self._tick)
+        self.clock.after(max(moment - now, 0.001), self._tick)
 
     # -------------------------------------------------------------------- what the port asks for
 

@@ -27,7 +27,7 @@ class SimKeeping(Keeping):
         self.restored = ()
         self.knows_all = host.term == 1
         if cluster.shape.keeps_journal:
-            self.sim = SimJournal(cluster, disk, self._state_changed)
+            self.sim = SimJournal(cluster, disk, self._state_changed, host.act)
             self.restored = disk.restored()
             self.knows_all = host.term == 1 or disk.whole
             disk.term = host.term

@@ -27,7 +27,7 @@ class Rest:
         membership = host.coordination.membership
         if any(group.stage is not GroupStage.OPEN for group in membership.groups):
             return False
-        return self.cluster.may_end or all(record.state is RankState.READY for record in membership.ranks.values())
+        return self.cluster.crash_loop or all(record.state is RankState.READY for record in membership.ranks.values())
 
     @property
     def remembered(self) -> bool:
@@ -73,5 +73,5 @@ class Rest:
         counters = host.keeping.counters()
         if counters.get("waiting", 0):
             raise RuleBrokenError(f"deliveries wait for ever: {counters}")
-        if self.zombies and not self.cluster.may_end:
+        if self.zombies and not self.cluster.crash_loop:
             raise RuleBrokenError(f"{self.zombies} live and their places are taken")

@@ -10,7 +10,7 @@ import numpy as np
 from drumline.engine.core.config import CoreConfig
 from drumline.protocol.layout import Layout
 from drumline.protocol.messages import MessageFault, SamplingSpec, Submit
-from tests.simulation.cluster.faults import RankFault
+from tests.simulation.cluster.faults import POINTS, RANK_KINDS, RankFault
 from tests.simulation.cluster.shape import Shape
 from tests.simulation.cluster.streams import Wanted
 
@@ -24,6 +24,7 @@ LAYOUTS = (
     Layout(2, enable_expert_parallel=True),
     Layout(2, enable_expert_parallel=True),
     Layout(3, enable_expert_parallel=True),
+    Layout(4, enable_expert_parallel=True),
     Layout(2, 1, 2, enable_expert_parallel=True),
     Layout(2, 2, 1, enable_expert_parallel=True),
     Layout(2, 1, 2, enable_expert_parallel=True, attention_data_parallel_size=2),
@@ -36,8 +37,9 @@ MESSAGES_FROM_RANK = ("Left", "Ready", "StepDone", "StoreReady", "Loaded", "Beat
 
 @dataclass(slots=True)
 class OtherFault:
-    """What befalls others than ranks. ``kind``: coordinator (killed), connection (of client ``who``), client (started
-    anew), slow_client, full_disk, partition (of rank ``who``); for ``seconds``."""
+    """What befalls others than ranks. ``kind``: coordinator (killed), stopped_coordinator, everything (the
+    supervisor and all that it owns), connection (of client ``who``), client (started anew), slow_client, full_disk,
+    partition (of rank ``who``); for ``seconds``."""
 
     kind: str
     at: float
@@ -64,6 +66,12 @@ class Schedule:
     other_faults: list[OtherFault] = field(default_factory=list)
     message_faults: list[TimedMessageFault] = field(default_factory=list)
     crash_loop: bool = False
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the rank that ends again and again leaves nobody who could serve."""
+        shape = self.shape
+        return self.crash_loop and (shape.layout.data_parallel_size == 1 or shape.growth_bytes == 0)
 
     @property
     def last_at(self) -> float:
@@ -126,10 +134,10 @@ def make_schedule(seed: int) -> Schedule:
     """One day of one engine."""
     rng = random.Random(seed)
     shape = make_shape(rng)
-    day = rng.choice((2.0, 6.0))
+    day = rng.choice((2.0, 6.0, 12.0))
     schedule = Schedule(seed, shape, make_wanted(rng, shape, day))
     ranks = shape.layout.num_ranks
-    for _ in range(rng.choice((0, 1, 1, 2, 3, 4))):
+    for _ in range(rng.choice((0, 1, 1, 2, 3, 4, 6))):
         schedule.rank_faults.append(make_rank_fault(rng, ranks, day))
     if rng.random() < 0.15:
         # A burst.
@@ -143,13 +151,33 @@ def make_schedule(seed: int) -> Schedule:
             schedule.other_faults.append(OtherFault(kind, max(at, 0.2), who, _seconds(rng, kind)))
     if rng.random() < 0.15:
         schedule.message_faults.append(make_message_fault(rng, ranks, day))
-    limit_faults(schedule)
+    # A poisoned request or a fenced sleeper needs starts of its own: that they run out is tried by itself.
+    shape.restart_limit = 60
+    if rng.random() < 0.04:
+        make_crash_loop(schedule, rng)
     return schedule
+
+
+def make_crash_loop(schedule: Schedule, rng: random.Random) -> None:
+    """One rank dies while it loads, again and again; nothing else happens."""
+    shape = schedule.shape
+    shape.restart_limit = 2
+    shape.silent_deaths, shape.kill_s = 0.0, 0.01
+    rank = rng.randrange(shape.layout.num_ranks)
+    dies = [RankFault("kill", rank, START_S + 0.5, "loading") for _ in range(shape.restart_limit)]
+    schedule.rank_faults = [RankFault("kill", rank, START_S + 1.0), *dies]
+    schedule.other_faults.clear()
+    schedule.message_faults.clear()
+    for wanted in schedule.wanted:
+        wanted.poison = wanted.not_finite = False
+    schedule.crash_loop = True
 
 
 _OTHER_CHANCES = (
     ("coordinator", 0.25),
     ("coordinator", 0.08),
+    ("stopped_coordinator", 0.08),
+    ("everything", 0.04),
     ("connection", 0.15),
     ("client", 0.08),
     ("slow_client", 0.15),
@@ -159,7 +187,7 @@ _OTHER_CHANCES = (
 
 
 def _seconds(rng: random.Random, kind: str) -> float:
-    if kind == "partition":
+    if kind in ("partition", "stopped_coordinator"):
         return rng.choice((0.5, 4.0, 15.0))
     if kind in ("slow_client", "full_disk"):
         return rng.uniform(0.5, 4.0)
@@ -168,8 +196,8 @@ def _seconds(rng: random.Random, kind: str) -> float:
 
 def make_rank_fault(rng: random.Random, ranks: int, day: float) -> RankFault:
     """One fault of one rank, at a moment or at a point."""
-    kind = rng.choice(("kill", "kill", "kill", "stop", "stop", "exit", "segv", "raise", "nan", "hang", "slow"))
-    point = rng.choice(("now", "step", "prefill", "decode", "regroup", "joining", "leave", "loading"))
+    kind = rng.choice(("kill", "kill", "stop", *RANK_KINDS))
+    point = rng.choice(POINTS)
     if kind in ("raise", "nan", "slow"):
         point = rng.choice(("step", "prefill", "decode"))
     seconds = rng.choice((0.3, 3.0, 20.0)) if kind == "stop" else 2.0 if kind == "slow" else 0.0
@@ -196,18 +224,12 @@ def make_message_fault(rng: random.Random, ranks: int, day: float) -> TimedMessa
     return TimedMessageFault(START_S + rng.uniform(-2.0, day), fault)
 
 
-def limit_faults(schedule: Schedule) -> None:
-    """No rank is started again so often that the engine must give it up, except where that is what is tried."""
-    # A death may take its siblings along, a poisoned request and a fenced sleeper need starts of their own.
-    schedule.shape.restart_limit = 60
-
-
 def make_wanted(rng: random.Random, shape: Shape, day: float) -> list[Wanted]:
     """A handful of requests; now and then one that kills whoever computes it, or whose numbers are not finite."""
     core = shape.core
     shared = [rng.randrange(core.vocab_size) for _ in range(core.max_model_len)]
     wanted: list[Wanted] = []
-    for number in range(rng.randint(2, 6)):
+    for number in range(rng.choice((2, 4, 6, 9))):
         length = rng.randint(1, max(1, core.max_model_len // 2))
         kept = rng.randint(0, length) if rng.random() < 0.5 else 0
         prompt = shared[:kept] + [rng.randrange(core.vocab_size) for _ in range(length - kept)]

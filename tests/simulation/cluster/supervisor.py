@@ -33,14 +33,14 @@ FIRST_PID = 100
 class SimSupervisor:
     """``processes``: all that live, by pid. ``starts``: when each rank was started, by rank."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, pids: int = FIRST_PID) -> None:
         self.cluster = cluster
         self.clock = cluster.clock
         self.processes: dict[int, SimRank] = {}
         self.starts: dict[int, list[float]] = {}
         self.line: Line | None = None
         self.stopping = False
-        self._pids = FIRST_PID
+        self.pids = pids
         self._beats = False
 
     def connected(self, line: Line) -> None:
@@ -74,8 +74,8 @@ class SimSupervisor:
     def _spawn(self, message: Spawn) -> None:
         if self.stopping:
             return
-        self._pids += 1
-        process = SimRank(self.cluster, message.rank, message.token, self._pids)
+        self.pids += 1
+        process = SimRank(self.cluster, message.rank, message.token, self.pids)
         self.processes[process.pid] = process
         self.clock.seen["spawned"] += 1
         self.clock.note(f"{process} is started")
@@ -104,7 +104,7 @@ class SimSupervisor:
     def coordinator_lost(self) -> None:
         """Start the next one."""
         self.line = None
-        if not self.stopping:
+        if not self.stopping and self.cluster.supervisor is self:
             self.clock.soon(0.2, self.cluster.start_coordinator)
 
     def stop_all(self) -> None:

@@ -42,6 +42,7 @@ class Cluster:
         self.may_end = self.crash_loop = False
         self.engine_ended = False
         self.was_degraded = False
+        self.failure: Exception | None = None
         self._tokens = 0
         self._ports = 9000
         self._stores: dict[int, tuple[int, int, str]] = {}
@@ -165,6 +166,8 @@ class Cluster:
 
     def _step(self) -> None:
         self.clock.step()
+        if self.failure is not None:
+            raise self.failure
         if self.clock.handled > MAX_EVENTS:
             raise RuleBrokenError(f"no end after {MAX_EVENTS} events: {self.unfinished()}")
 

@@ -154,6 +154,7 @@ class SimJournal:
         self._due = False
         self._gone = False
         self.state = "on"
+        self.superseded = False
 
     def append(self, batch: Batch, on_committed: Callable[[], None]) -> None:
         """Commit ``batch`` after those before, then call ``on_committed``."""

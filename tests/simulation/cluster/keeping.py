@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from drumline.engine.core.notes import Notes
+from drumline.engine.core.outputs import ConnectionOutput
 from drumline.engine.delivery import Delivery
 from drumline.engine.keeping import Keeping
 from drumline.protocol.messages import Event
@@ -37,6 +40,18 @@ class SimKeeping(Keeping):
     def _told(self, state: str, text: str) -> None:
         self._host.clock.note(f"journal {state}: {text}")
         self._host.clients.connections.broadcast(Event("journal", f"journal: {state}: {text}"))
+
+    def push(self, notes: Notes | None, outputs: list[ConnectionOutput], send: Callable[[], None]) -> None:
+        """As the real one does. What is raised while sending is not lost in a log: it fails the run."""
+
+        def watched() -> None:
+            try:
+                send()
+            except Exception as error:
+                self._host.cluster.failure = error
+                raise
+
+        super().push(notes, outputs, watched)
 
     def flush(self) -> None:
         """Commit and deliver what waits."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from drumline.engine.core.engine_core import EngineCore
-from drumline.engine.core.members import Ended, ToPeer, ToReplica
+from drumline.engine.core.members import Ended, ToPeer
 from drumline.protocol.errors import ErrorInfo
-from drumline.protocol.messages import Configure, Leave, Step, ToClient
+from drumline.protocol.messages import Configure, Leave, ToClient
 from tests.simulation.cluster.delivery_rules import DeliveryRules
 from tests.simulation.cluster.rest import Rest
 from tests.simulation.cluster.step_rules import ClusterStepRules
@@ -48,12 +48,9 @@ class Rules:
             raise RuleBrokenError(f"rank {rank} is started {len(recent)} times within 10 minutes, limit {limit}")
 
     def sent(self, host: Host, outputs: Sequence[Any]) -> None:
-        """What the decisions have the coordinator send: epochs only grow, steps are as steps must be."""
-        plans: list[tuple[int, Step]] = []
+        """What the decisions have the coordinator send: epochs only grow."""
         for output in outputs:
-            if isinstance(output, ToReplica):
-                plans.append((self._replica_of(output.ranks), output.step))
-            elif isinstance(output, ToPeer) and isinstance(output.message, Leave | Configure):
+            if isinstance(output, ToPeer) and isinstance(output.message, Leave | Configure):
                 group = host.coordination.membership.ranks[output.rank].group
                 at = (output.message.term, output.message.epoch)
                 if at < self._epochs.get(group, (0, 0)):
@@ -62,17 +59,12 @@ class Rules:
                     self.clock.seen["epochs"] += 1
                     self.clock.note(f"group {group} regroups as {at}")
                 self._epochs[group] = at
-        if plans and self.steps is not None:
-            self.steps.check(plans)
         self.core_holds(host)
 
     def note_waves(self) -> None:
         """Waves end when nothing is unfinished."""
         if self.steps is not None:
             self.steps.note_finished_waves()
-
-    def _replica_of(self, ranks: Sequence[int]) -> int:
-        return self.cluster.shape.layout.replica_of(ranks[0])
 
     def core_holds(self, host: Host) -> None:
         """Blocks, rows and the prefix cache of the core are whole."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
-
 import numpy as np
 
 from drumline.engine.core.batch_table import DECODE, PREFILL
@@ -20,6 +18,8 @@ class ClusterStepRules:
 
     def __init__(self, core: EngineCore, config: CoreConfig) -> None:
         self._core = core
+        self._plan = core.plan
+        core.plan = self.plan  # type: ignore[method-assign]  # every plan comes through here
         self._groups = groups_of(core)
         self._per_group = config.replicas_per_group
         self._config = config
@@ -40,20 +40,17 @@ class ClusterStepRules:
             if group.wave.state is WaveState.PAUSED and group.in_flight:
                 raise RuleBrokenError(f"group {index}: wave {group.wave.number} is paused with steps in flight")
 
-    def check(self, plans: list[tuple[int, Step]]) -> None:
-        """All plans of one moment, in order."""
-        steps = [
-            (key[0], list(run))
-            for key, run in groupby(plans, key=lambda one: (one[0] // self._per_group, one[1].epoch, one[1].step))
-        ]
-        groups = [group for group, _ in steps]
-        for group, planned in steps:
-            self._check_step(group, planned)
-            # Of several steps that were planned together the table shows what stood before the next one only for one.
-            self._check_turn(group, planned[0][1].lane, groups.count(group) == 1)
+    def plan(self, now: float) -> list[tuple[int, Step]]:
+        """What the core plans, looked at before anything else happens."""
+        planned = self._plan(now)
+        if planned:
+            self._check(planned)
+        return planned
 
-    def _check_step(self, index: int, planned: list[tuple[int, Step]]) -> None:
-        group, first = self._groups[index], planned[0][1]
+    def _check(self, planned: list[tuple[int, Step]]) -> None:
+        first = planned[0][1]
+        index = planned[0][0] // self._per_group
+        group = self._groups[index]
         wanted = [replica for replica in sorted(self._core.serving) if replica // self._per_group == index]
         if [replica for replica, _ in planned] != wanted:
             raise RuleBrokenError(f"step {first.step} goes to {[replica for replica, _ in planned]}, not to {wanted}")
@@ -62,13 +59,15 @@ class ClusterStepRules:
                 raise RuleBrokenError(f"replicas of one group get different steps: {first} and {step}")
             if step.num_tokens_across_dp.tolist() != first.num_tokens_across_dp.tolist():
                 raise RuleBrokenError("replicas are told different token counts")
-            if any(admit.lane != step.lane for admit in step.admitted):
+            # The first step of an epoch restates the rows of all lanes.
+            if step.step and any(admit.lane != step.lane for admit in step.admitted):
                 raise RuleBrokenError(f"a row of another lane is admitted in a step of lane {step.lane}")
         if len(first.num_tokens_across_dp) != len(wanted) or not first.num_tokens_across_dp.any():
             raise RuleBrokenError(f"step {first.step} computes {first.num_tokens_across_dp.tolist()}")
         if sum(1 for record in group.in_flight if record.missing) > self._limit:
             raise RuleBrokenError(f"{len(group.in_flight)} steps in flight")
         self._check_order(index, first)
+        self._check_turn(index, first.lane)
 
     def _check_order(self, index: int, step: Step) -> None:
         last_epoch, last_step = self._last[index]
@@ -81,11 +80,11 @@ class ClusterStepRules:
             raise RuleBrokenError(f"group {index}: a step of wave {step.wave}, expected {self._next_wave[index]}")
         self._stepped[index] = True
 
-    def _check_turn(self, index: int, lane: int, alone: bool) -> None:
+    def _check_turn(self, index: int, lane: int) -> None:
         """Lanes take turns; those between the last one and this have no row that could compute."""
         table, lanes = self._groups[index].table, self._config.pipeline_parallel_size
         passed = (self._last_lane[index] + 1) % lanes
-        while alone and passed != lane:
+        while passed != lane:
             computing = ((table.status == DECODE) | (table.status == PREFILL)) & (table.lane == passed)
             if computing.any():
                 raise RuleBrokenError(f"lane {passed} is passed over with rows {np.flatnonzero(computing).tolist()}")

@@ -46,6 +46,7 @@ class Day:
                 faults.strike(process, fault)
 
     def _message_fault(self, timed: TimedMessageFault) -> None:
+        self.cluster.faults.caused += 1
         self.cluster.hub.faults.add(timed.fault)
 
     def _other_fault(self, fault: OtherFault) -> None:
@@ -77,6 +78,7 @@ class Day:
 
     def _partition(self, fault: OtherFault) -> None:
         self.cluster.clock.seen["partition"] += 1
+        self.cluster.faults.caused += 1
         until = self.cluster.clock.now + fault.seconds
         for process in self.cluster.supervisor.processes.values():
             if process.rank == fault.who and process.line is not None:

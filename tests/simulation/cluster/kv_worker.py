@@ -5,41 +5,20 @@ from __future__ import annotations
 import random
 
 from drumline.engine.core.config import CoreConfig
-from drumline.protocol.messages import Admit, Step
-from tests.simulation.oracle import EMPTY, extend
-from tests.simulation.worker import Row, SimWorker
+from drumline.protocol.messages import Step
+from tests.simulation.worker import SimWorker
 
 HALF_WRITTEN = -2
 
 
 class EpochWorker(SimWorker):
-    """``slots``: the KV cache as the replica's processes have it. The table starts empty, and rows that are restated
-    have any number of cached tokens."""
+    """``slots``: the KV cache as the replica's processes have it. The table starts empty."""
 
     def __init__(
         self, config: CoreConfig, rank: int, place: int, slots: list[int], term: int, epoch: int, num_blocks: int
     ) -> None:
         super().__init__(config, rank, place, num_blocks, term, epoch)
         self.slots = slots
-
-    def _admit(self, step: Step, admit: Admit) -> None:
-        config = self.config
-        if not 0 <= admit.row < config.max_num_seqs or admit.row in self.rows:
-            self._broken(step, f"row {admit.row} is admitted and does not exist, or is still there")
-        tokens, blocks = admit.tokens.tolist(), admit.blocks.tolist()
-        if not 0 < admit.prompt_len <= len(tokens) <= config.max_model_len:
-            self._broken(step, f"row {admit.row}: {admit.prompt_len} prompt tokens of {len(tokens)}")
-        if not 0 <= admit.num_cached < len(tokens):
-            self._broken(step, f"row {admit.row}: {admit.num_cached} cached tokens of {len(tokens)}")
-        if not 0 <= admit.lane < config.pipeline_parallel_size:
-            self._broken(step, f"row {admit.row}: lane {admit.lane} does not exist")
-        prefixes: list[int] = []
-        prefix = EMPTY
-        for token in tokens:
-            prefix = extend(prefix, token)
-            prefixes.append(prefix)
-        self.rows[admit.row] = Row(tokens, prefixes, admit.prompt_len, admit.num_cached, [], admit.sampling, admit.lane)
-        self._give_blocks(step, admit.row, blocks)
 
     def computing(self, step: Step) -> list[tuple[int, int]]:
         """(row, seed) of each row that ``step`` computes, without running it."""

@@ -136,7 +136,12 @@ class Rules:
         raise RuleBrokenError(f"request {asked.request_id} cannot be resumed: {error.kind}: {error.text}")
 
     def engine_ended(self, host: Host, ended: Ended) -> None:
-        """Only ranks that end again and again may end the engine."""
+        """Only ranks that end again and again may end the engine, and one that cannot load or meet the others at the
+        very first start."""
         self.clock.seen["engine_ended"] += 1
+        error = ended.error
+        first_start = self.cluster.term == 1 and host.core is None and self.cluster.faults.caused > 0
+        if first_start and error is not None and error.kind == "start_failed":
+            return
         if not self.cluster.may_end:
             raise RuleBrokenError(f"the engine ended: {ended.reason} {ended.error}")

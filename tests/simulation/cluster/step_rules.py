@@ -73,8 +73,6 @@ class ClusterStepRules:
         last_epoch, last_step = self._last[index]
         if step.epoch < last_epoch or step.step != (last_step + 1 if step.epoch == last_epoch else 0):
             raise RuleBrokenError(f"group {index}: step {step.step} of epoch {step.epoch} after {self._last[index]}")
-        if step.epoch != last_epoch:
-            self._last_lane[index] = self._config.pipeline_parallel_size - 1
         self._last[index] = (step.epoch, step.step)
         if step.wave != self._next_wave[index]:
             raise RuleBrokenError(f"group {index}: a step of wave {step.wave}, expected {self._next_wave[index]}")

@@ -153,6 +153,7 @@ class ClientReader:
             asked, index = found
             if asked.over:
                 continue
+            asked.heard(self.clock.now)
             if asked.token(index, position, token, entries.get(i)):
                 gaps.add(asked.request_id)
             elif index == 0:

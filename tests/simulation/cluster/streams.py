@@ -43,7 +43,8 @@ class Stream:
 @dataclass(slots=True)
 class Asked:
     """One request as its client knows it. ``over``: nothing more is expected of it. ``lost``: its client has gone
-    without it, so that it may end in any way. ``forgot``: its client was started anew and knows its id alone."""
+    without it, so that it may end in any way. ``forgot``: its client was started anew and knows its id alone.
+    ``longest_pause``: most seconds between two frames with tokens of it."""
 
     wanted: Wanted
     call_id: int = 0
@@ -58,6 +59,8 @@ class Asked:
     lost: bool = False
     forgot: bool = False
     resumes: int = 0
+    heard_at: float = -1.0
+    longest_pause: float = 0.0
     streams: list[Stream] = field(default_factory=list)
 
     @property
@@ -93,6 +96,12 @@ class Asked:
             Stream(expected_output(prompt, seed, index, stops, least, limit, config.vocab_size))
             for index in range(submit.n)
         ]
+
+    def heard(self, now: float) -> None:
+        """Tokens of it have come."""
+        if self.heard_at >= 0:
+            self.longest_pause = max(self.longest_pause, now - self.heard_at)
+        self.heard_at = now
 
     def token(self, index: int, position: int, token: int, entry: LogprobEntry | None) -> bool:
         """One token arrives. Returns whether tokens are missing before it."""

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import msgspec
 import pytest
 
-from drumline.engine.core.block_pool import I32, BlockPool
-from drumline.engine.core.lockstep import LockstepGroup
-from drumline.engine.core.membership import Membership
+from drumline.engine.core.block_pool import I64, BlockPool
+from drumline.engine.core.rank_messages import RankMessages
 from drumline.engine.core.residence import Residence
 from drumline.engine.core.wave import Wave
 from drumline.engine.delivery import Delivery
 from drumline.engine.journal import Batch
-from drumline.protocol.messages import StepDone
 from tests.simulation.cluster.day import run_schedule
 from tests.simulation.cluster.schedule import make_schedule
 from tests.simulation.worker import RuleBrokenError
@@ -23,14 +20,8 @@ MOST_SCHEDULES = 100
 
 
 def _drop_the_epoch_check(patch: pytest.MonkeyPatch) -> None:
-    """A reply to a step of an epoch that is over counts as one to the step of that number now."""
-    apply = LockstepGroup.apply
-
-    def of_any_epoch(group: LockstepGroup, replica: int, done: StepDone) -> None:
-        apply(group, replica, msgspec.structs.replace(done, epoch=group.epoch))
-
-    patch.setattr(LockstepGroup, "apply", of_any_epoch)
-    patch.setattr(Membership, "accepts", lambda membership, peer, message: True)
+    """What a rank says of an epoch that is over counts for the one that forms."""
+    patch.setattr(RankMessages, "current", lambda messages, record, message: True)
 
 
 def _deliver_before_the_commit(patch: pytest.MonkeyPatch) -> None:
@@ -45,7 +36,7 @@ def _deliver_before_the_commit(patch: pytest.MonkeyPatch) -> None:
 def _free_blocks_twice(patch: pytest.MonkeyPatch) -> None:
     release = BlockPool.release
 
-    def twice(pool: BlockPool, replica: int, blocks: I32) -> None:
+    def twice(pool: BlockPool, replica: int, blocks: I64) -> None:
         release(pool, replica, blocks)
         if len(blocks) > 2:
             release(pool, replica, blocks[:1])

@@ -120,7 +120,7 @@ def make_shape(rng: random.Random) -> Shape:
         moe_layer_stage=() if dense else tuple(range(pp)) if pp > 1 else (0, 0),
         growth_bytes=rng.choice((None, None, 0)),
         step_s=rng.choice((0.01, 0.03)),
-        delay_s=rng.choice((0.0005, 0.005)),
+        delay_s=rng.choice((0.0005, 0.005, 0.03)),
         load_s=rng.choice((0.3, 1.0)),
         commit_s=rng.choice((0.001, 0.02)),
         kill_s=rng.choice((0.01, 0.01, 8.0)),
@@ -138,7 +138,12 @@ def make_schedule(seed: int) -> Schedule:
     schedule = Schedule(seed, shape, make_wanted(rng, shape, day))
     ranks = shape.layout.num_ranks
     for _ in range(rng.choice((0, 1, 1, 2, 3, 4, 6))):
-        schedule.rank_faults.append(make_rank_fault(rng, ranks, day))
+        fault = make_rank_fault(rng, ranks, day)
+        schedule.rank_faults.append(fault)
+        if rng.random() < 0.3:
+            # A second one in the recovery from the first.
+            kind, point = rng.choice(("kill", "stop", "coordinator")), rng.choice(("leave", "regroup", "joining"))
+            schedule.rank_faults.append(RankFault(kind, rng.randrange(ranks), fault.at, point, 3.0))
     if rng.random() < 0.15:
         # A burst.
         at = START_S + rng.uniform(0, day)

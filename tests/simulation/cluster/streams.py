@@ -39,6 +39,11 @@ class Stream:
     stopped_at: int = -1
     end: StreamEnd | None = None
 
+    @property
+    def read(self) -> int:
+        """How many tokens its client has and wants: none behind its stop string."""
+        return min(len(self.tokens), self.stopped_at) if self.stopped_at > 0 else len(self.tokens)
+
 
 @dataclass(slots=True)
 class Asked:

@@ -16,7 +16,7 @@ from tests.simulation.cluster.day import run_schedule
 from tests.simulation.cluster.schedule import make_schedule
 from tests.simulation.worker import RuleBrokenError
 
-MOST_SCHEDULES = 100
+MOST_SCHEDULES = 500
 
 
 def _drop_the_epoch_check(patch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ class Rest:
         """Whether requests that have ended are still kept for somebody."""
         host = self.cluster.hub.host
         kept = bool(self.cluster.disk.requests)
-        return kept or (host is not None and host.core is not None and bool(host.core._book._requests))
+        return kept or (host is not None and host.core is not None and bool(host.core._book.register.by_id))
 
     @property
     def zombies(self) -> list[str]:
@@ -66,8 +66,8 @@ class Rest:
             raise RuleBrokenError("no engine at the end of the day")
         core = host.core
         check_at_rest(core)
-        if core._book._requests:
-            raise RuleBrokenError(f"requests {list(core._book._requests)} are remembered for ever")
+        if core._book.register.by_id:
+            raise RuleBrokenError(f"requests {list(core._book.register.by_id)} are remembered for ever")
         if self.cluster.disk.requests:
             raise RuleBrokenError(f"requests {list(self.cluster.disk.requests)} stay in the journal for ever")
         counters = host.keeping.counters()

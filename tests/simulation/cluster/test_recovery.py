@@ -83,7 +83,7 @@ def longest_pause(day: Day) -> float:
     return max(asked.longest_pause for client in day.cluster.clients for asked in client.asked.values())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("dp2", "dp4", "dp2-tp2", "dp2-pp2", "dp2-tp2-no-ep"))
 def test_survivors_go_on_long_before_the_replacement_has_loaded(layout: Layout) -> None:
     day, seen = run(plain_shape(layout), RankFault("kill", layout.num_ranks - 1, 8.0, "decode"))
     assert seen["fault_kill"] == 1

@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Minutes of a soak that is asked for by name, without MINUTES.
+long = $(if $(and $(filter file,$(origin MINUTES)),$(filter $@,$(MAKECMDGOALS))),20,$(MINUTES))
 SOAKS := $(shell sed -n 's/^\(soak-[a-z0-9-]*\):.*/\1/p' Makefile)
 
 .PHONY: demo test check fix bench soak $(SOAKS) clean
@@ -36,8 +38,8 @@ bench: $(STAMP)
 
 soak: $(SOAKS)  ## each soak-* target for MINUTES
 
-soak-sim: $(STAMP)
-	$(BIN)/python -m tests.simulation.soak --minutes $(MINUTES)
+soak-sim: $(STAMP)  ## 20 minutes when called alone
+	$(BIN)/python -m tests.simulation.soak --minutes $(long)
 
 soak-layouts: $(STAMP)  ## every model in every layout once, whatever MINUTES says
 	$(BIN)/python -m tests.parity.soak_layouts

@@ -1,5 +1,6 @@
-"""Random scenarios for as long as you like: ``python -m tests.simulation.soak --minutes 5``, or ``--seed N`` to replay
-one."""
+"""Random scenarios for as long as you like: ``python -m tests.simulation.soak --minutes 20``, a quarter of it with the
+core alone, the rest with whole engines. ``--seed N`` replays one of the core;
+``python -m tests.simulation.cluster --seed N -v`` one of an engine."""
 
 from __future__ import annotations
 
@@ -11,9 +12,12 @@ import time
 import traceback
 from collections import Counter
 
+from tests.simulation.cluster import soak as cluster
 from tests.simulation.scenario import make_scenario
 from tests.simulation.simulation import run_scenario
 from tests.simulation.worker import RuleBrokenError
+
+CORE_ALONE = 0.25
 
 
 def main() -> int:
@@ -24,7 +28,9 @@ def main() -> int:
     if arguments.seed is not None:
         print(make_scenario(arguments.seed), file=sys.stderr)
         return replay(arguments.seed)
-    return soak(arguments.minutes)
+    alone = arguments.minutes * CORE_ALONE
+    failed = soak(alone)
+    return failed or cluster.soak(random.SystemRandom().randrange(1 << 40), 1 << 60, arguments.minutes - alone)
 
 
 def replay(seed: int) -> int:

@@ -13,7 +13,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 from drumline.engine.core.outputs import ConnectionOutput
-from drumline.protocol.messages import Behind, Cancelled, Finished, Resumed, StatusReport, StreamEnd, ToClient, Tokens
+from drumline.protocol.errors import ErrorInfo
+from drumline.protocol.messages import (
+    Behind,
+    Cancelled,
+    Failed,
+    Finished,
+    Resumed,
+    StatusReport,
+    StreamEnd,
+    ToClient,
+    Tokens,
+)
 from drumline.protocol.sockets import SendResult
 
 WINDOW = 64
@@ -277,6 +288,12 @@ class Connections:
             connection.behind = False
             self.counts.behind += 1
             self.reply(connection, Behind(connection.frame))
+
+    def moved(self, connection: ClientConnection, request_id: str) -> None:
+        """The request goes on with another connection's reader: the one that it had is told."""
+        connection.close_request(request_id)
+        text = f"request {request_id!r} has a newer reader"
+        self.reply(connection, Failed(request_id, ErrorInfo(kind="request_failed", text=text)))
 
     def resumed(self, connection: ClientConnection, message: Resumed) -> bool:
         """Send ``message``. Whether all ends of the request stand in it, so that it may be forgotten."""

@@ -239,7 +239,9 @@ class ClientPort:
             for request_id in self.connections.deliver(output):
                 self._forget(request_id)
             connection = self.connections.numbered(output.connection)
-            for request_id, error in output.failed if connection is not None else ():
+            if connection is None:
+                continue
+            for request_id, error in output.failed:
                 connection.close_request(request_id)
                 self.connections.reply(connection, Failed(request_id, error))
 

@@ -82,6 +82,8 @@ def _counters(engine: Coordinator, late_replies: int) -> dict[str, int]:
     counters["client_hellos_refused"] = clients.refused_hellos
     counters["late_call_replies"] = late_replies
     counters.update(_prefixed("faults_", engine.coordination.faults.counts))
+    if workers.faults is not None:
+        counters.update(_prefixed("messages_", workers.faults.counts))
     counters.update(_prefixed("journal_", engine.keeping.counters()))
     return counters
 

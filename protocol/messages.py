@@ -441,9 +441,7 @@ class Injected(Message, frozen=True, tag=29):
     text: str = ""
 
 
-FromWorker = (
-    HelloWorker | StoreReady | Ready | StepDone | Fault | CallResult | BeatWorker | Loaded | Left | Injected
-)
+FromWorker = HelloWorker | StoreReady | Ready | StepDone | Fault | CallResult | BeatWorker | Loaded | Left | Injected
 
 
 # ------------------------------------------------------------------------------------------- client to coordinator

@@ -16,21 +16,17 @@ from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.fault_book import FaultBook
 from drumline.engine.core.liveness import GroupClock, furthest_behind
 from drumline.engine.core.members import (
+    Called,
     Ended,
     EpochReady,
     FaultSeen,
     GroupClosed,
     JoinDue,
     Leased,
-    Loading,
     MembershipConfig,
     Output,
     Ready,
-    Tell,
-    ToOwner,
-    ToPeer,
     ToReplica,
-    Called,
 )
 from drumline.engine.core.membership import Membership
 from drumline.engine.core.restored import RestoredRequest
@@ -39,6 +35,7 @@ from drumline.engine.core.suspicion import Suspicion
 from drumline.protocol.errors import ErrorInfo, ProtocolError
 from drumline.protocol.layout import Layout
 from drumline.protocol.messages import (
+    Beat,
     CallResult,
     Exited,
     FromWorkerSide,
@@ -46,7 +43,6 @@ from drumline.protocol.messages import (
     Spawned,
     StepDone,
     Stopping,
-    Beat,
 )
 
 

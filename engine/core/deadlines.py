@@ -21,12 +21,13 @@ WEDGED = "wedged"
 
 @dataclass(frozen=True, slots=True)
 class Late:
-    """``records``, of one group, are lost by ``errors``. ``forming``: they have not met for their epoch."""
+    """``records``, of one group, are lost by ``errors``. ``of_start``: a start would fail
+    again."""
 
     records: list[RankRecord]
     errors: list[ErrorInfo]
     kind: str = WEDGED
-    forming: bool = False
+    of_start: bool = False
 
 
 class Deadlines:
@@ -101,7 +102,7 @@ class Deadlines:
             if record is not None:
                 doing = waiting_for(self._config, record) + self._wrong_tokens()
                 text = f"made no progress for {self._config.start_deadline_s:g} s {doing}"
-                found.append(self._late([record], text))
+                found.append(self._late([record], text, of_start=True))
         named: set[int] = set()
         once: list[Late] = []
         for late in found:
@@ -119,7 +120,7 @@ class Deadlines:
                 found.append(self._late([record], text, "unreachable" if external else WEDGED))
         return found
 
-    def _late(self, records: list[RankRecord], text: str, kind: str = WEDGED, forming: bool = False) -> Late:
+    def _late(self, records: list[RankRecord], text: str, kind: str = WEDGED, of_start: bool = False) -> Late:
         errors = [
             ErrorInfo(
                 kind="request_failed",
@@ -131,7 +132,7 @@ class Deadlines:
             )
             for record in records
         ]
-        return Late(records, errors, kind, forming)
+        return Late(records, errors, kind, of_start)
 
     # ------------------------------------------------------------------------------------------ stages of an epoch
 
@@ -142,7 +143,7 @@ class Deadlines:
         since = group.since
         if group.stage is GroupStage.FORMING:
             # Experts are read while it forms; who makes progress is not late.
-            since = max(since, *(self._ranks[rank].progress_at for rank in group.waiting))
+            since = max([since, *(self._ranks[rank].progress_at for rank in group.waiting)])
         return since + group.limit_s
 
     def _stage(self, group: GroupRecord, now: float) -> Late | None:
@@ -156,7 +157,7 @@ class Deadlines:
             host = self._ranks[group.members[0]]
             return self._late([host], f"has not opened the store of epoch {group.epoch} within {waited}")
         text = f"has not met the others for epoch {group.epoch} within {waited}"
-        return self._late(self._to_blame(group, now), text, forming=True)
+        return self._late(self._to_blame(group, now), text, of_start=True)
 
     def _to_blame(self, group: GroupRecord, now: float) -> list[RankRecord]:
         """Of the ranks that an epoch waits for, those that the others wait for."""

@@ -24,7 +24,8 @@ class Epochs:
     """The epochs of all groups. Shares its records with :class:`~drumline.engine.core.membership.Membership`, which
     checks who speaks. ``may_begin(group)``: whether the first epoch of a group need not wait for more ranks.
 
-    ``leave_s(group)`` says how long ranks may take to come out of the steps in flight."""
+    ``leave_s(group, now)`` says how long ranks may take to come out of the steps in flight. ``starting``: whether the
+    engine has yet to be ready for the first time."""
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class Epochs:
         self._ranks = ranks
         self._refusals = refusals
         self._may_begin = may_begin
+        self.starting = True
         self.leave_s: Callable[[int, float], float] = lambda group, now: LEAVE_S
 
     # ------------------------------------------------------------------------------------------------ who is there
@@ -59,7 +61,7 @@ class Epochs:
     def _kept(self, ranks: Sequence[int]) -> bool:
         """Whether the KV of an engine replica is as it was when it last computed."""
         records = [self._ranks[rank] for rank in ranks]
-        return all(not one.lost and one.computed and one.computed == one.incarnation for one in records)
+        return all(not one.lost and one.has_computed for one in records)
 
     def belongs(self, record: RankRecord) -> bool:
         """Whether the loss of the rank ends what its group's epoch is, or is about to be."""
@@ -128,7 +130,7 @@ class Epochs:
         if not group.waiting:
             group.stage = GroupStage.GATHERING
             return []
-        self._stage(group, GroupStage.LEAVING, limit if group.opened else max(limit, FIRST_LEAVE_S), now)
+        self._stage(group, GroupStage.LEAVING, max(limit, FIRST_LEAVE_S) if self.starting else limit, now)
         outputs: list[Output] = []
         for rank in sorted(group.waiting):
             record = self._ranks[rank]
@@ -199,7 +201,7 @@ class Epochs:
 
     def _configure(self, group: GroupRecord, store_host: str, store_port: int, now: float) -> list[Output]:
         limit = max(READY_S, self.leave_s(group.id, now))
-        if not group.opened:
+        if self.starting:
             limit = max(limit, self._config.start_deadline_s)
         self._stage(group, GroupStage.FORMING, limit, now)
         group.waiting = {*group.members, *group.parked}
@@ -269,7 +271,7 @@ class Epochs:
         pause = now - group.stood_at
         for rank in group.members:
             record = self._ranks[rank]
-            if record.computed != record.incarnation:
+            if not record.has_computed:
                 text = f"rank {rank} (pid {record.pid}) computes; its group stood still for {pause:.3f} s"
                 event = Event("joined", text, rank, group=group.id, epoch=group.epoch, seconds=pause)
                 told.append(Tell(event))

@@ -16,6 +16,9 @@ TAIL_CHARACTERS = 4000
 CONSEQUENCES = frozenset({"peer_lost", "group_timeout", "store", "epoch_aborted"})
 """Kinds of faults that tell of another rank: it went away, or did not come."""
 
+OF_PEERS = frozenset({"peer_lost", "group_timeout"})
+"""Those that tell which other rank was waited for."""
+
 INSIDE_SIGNALS = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
 """Signals that a process brings upon itself by what it computes."""
 

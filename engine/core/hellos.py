@@ -6,7 +6,7 @@ import hmac
 from collections.abc import Callable, Mapping, Sequence
 
 from drumline.engine.core.decisions import Output, ToPeer
-from drumline.engine.core.members import GroupRecord, MembershipConfig, RankRecord, RankState, Refusals
+from drumline.engine.core.members import GroupRecord, GroupStage, MembershipConfig, RankRecord, RankState, Refusals
 from drumline.engine.core.processes import Processes
 from drumline.engine.core.refit import initial_experts
 from drumline.protocol.errors import ErrorInfo
@@ -101,10 +101,8 @@ class Hellos:
         record.incarnation = hello.incarnation
         record.pid = hello.pid
         record.host = hello.host
-        record.executed = record.missed = record.missed_at = 0
-        record.raised_at = -1
-        record.load_done = record.load_total = 0
-        record.heard_at = record.progress_at = now
+        record.forget(now)
+        record.heard_at = now
         self._processes.rank_of[peer] = record
         if hello.version != PROTOCOL_VERSION:
             text = f"rank {hello.rank} speaks protocol version {hello.version}, the coordinator {PROTOCOL_VERSION}"
@@ -116,7 +114,7 @@ class Hellos:
             )
             return self._misfit(record, ErrorInfo(kind="protocol", text=text, rank=hello.rank), now)
         group = self._groups[record.group]
-        if not group.opened:
+        if not group.opened and group.stage is GroupStage.GATHERING:
             # Epochs number on, so that no two terms have one in common.
             group.epoch = max(group.epoch, hello.epoch)
         welcome = WelcomeWorker(PROTOCOL_VERSION, config.term, config.digest, config.worker)

@@ -11,6 +11,7 @@ from drumline.engine.core.decisions import Ended, FaultSeen, Output, Tell
 from drumline.engine.core.epochs import Epochs
 from drumline.engine.core.evidence import (
     CONSEQUENCES,
+    OF_PEERS,
     Complaints,
     exit_error,
     from_inside,
@@ -38,11 +39,13 @@ NUMERIC = "numeric"
 
 @dataclass(frozen=True, slots=True)
 class Unexplained:
-    """A rank whose connection is gone; until ``due`` its process may be told to have ended."""
+    """A rank whose connection is gone; until ``due`` its process, which had ``computed`` or not, may be told to have
+    ended."""
 
     fault: FaultSeen
     pid: int
     due: float
+    computed: bool
 
 
 class Losses:
@@ -74,7 +77,7 @@ class Losses:
             error = msgspec.structs.replace(error, text=error.text + complaints.quote())
             fault = self._fault(record, kind, error, inside)
             if kind == "unreachable" and record.pid and not external:
-                self._unexplained.append(Unexplained(fault, record.pid, now + SETTLE_S))
+                self._unexplained.append(Unexplained(fault, record.pid, now + SETTLE_S, record.has_computed))
             else:
                 faults += self._told(fault)
                 if kind != "exit":
@@ -116,7 +119,13 @@ class Losses:
         """The process of a rank has ended."""
         if message.pid in record.lost_pids:
             return self._explained(message)
-        return self.lose([record], "exit", [exit_error(record, message, "request_failed")], now, from_inside(message))
+        return self.lose(
+            [record],
+            "exit",
+            [exit_error(record, message, "request_failed")],
+            now,
+            record.has_computed and from_inside(message),
+        )
 
     def _explained(self, message: Exited) -> list[Output]:
         for one in self._unexplained:
@@ -134,7 +143,7 @@ class Losses:
                         fault.step,
                         "exit",
                         text,
-                        from_inside(message),
+                        one.computed and from_inside(message),
                         (),
                         error,
                     )
@@ -165,7 +174,7 @@ class Losses:
         error = own_words(record, message)
         current = message.epoch == group.epoch and self._epochs.belongs(record)
         if not record.has_weights:
-            return self.lose([record], "exception", [error], now, out_of_memory(error))
+            return self.lose([record], "exception", [error], now)
         if error.kind in CONSEQUENCES:
             return self._complaint(group, record, error, current, now)
         if error.kind == NUMERIC:
@@ -185,7 +194,7 @@ class Losses:
         record.last_fault = error.text
         complaints = self._complaints[group.id]
         computing = [self._ranks[rank] for rank in group.members] if group.is_open else []
-        if not complaints and not current:
+        if not current and (not complaints or error.kind not in OF_PEERS):
             return []  # of an epoch whose end is explained
         complaints.add(error, computing)
         if not current:

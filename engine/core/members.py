@@ -83,12 +83,13 @@ class RankRecord:
     """What is known of one rank. ``replied`` is the last step that it replied to; ``step``, ``collective`` and
     ``inside`` are the progress of its last beat.
 
-    ``has_weights``: this process has loaded. ``epoch``: the last one that it is known to have come to. ``computed``:
-    the incarnation that last computed in an open epoch. ``executed``: steps that this process has replied to;
-    ``raised_at``: that number at its last exception, -1 without one; ``missed_at``: when others last missed it though
-    it was there, which they did ``missed`` times in a row. ``num_blocks``: KV blocks of the rank, whichever process it
-    is. ``start_at``: when a process is to be started, None when none is due. ``unconfirmed``: processes ordered of
-    which the supervisor has told nothing. ``lost_pids``: former processes.
+    ``has_weights``: this process has loaded. ``epoch``: the last one that it is known to have come to, 0 before one.
+    ``computed``: the incarnation that last computed in an open epoch. ``executed``: steps that this process has replied
+    to; ``raised_at``: that number at its last exception, -1 without one; ``faulted``: the epoch of its last fault, -2
+    without one; ``missed_at``: when others last missed it though it was there, which they did ``missed`` times in a
+    row. ``num_blocks``: KV blocks of the rank, whichever process it is. ``start_at``: when a process is to be started,
+    None when none is due. ``unconfirmed``: processes ordered of which the supervisor has told nothing. ``lost_pids``:
+    former processes.
     """
 
     rank: int
@@ -115,6 +116,7 @@ class RankRecord:
     computed: str = ""
     executed: int = 0
     raised_at: int = -1
+    faulted: int = -2
     missed: int = 0
     missed_at: int = 0
     num_blocks: int = 0
@@ -125,6 +127,23 @@ class RankRecord:
     log: Restarts = field(default_factory=lambda: Restarts(0))
     restarts: int = 0
     last_fault: str = ""
+
+    def forget(self, now: float) -> None:
+        """Another process: nothing of what the one before did is its own."""
+        self.load_done = self.load_total = 0
+        self.executed = self.missed = self.missed_at = 0
+        self.raised_at = -1
+        self.faulted = -2
+        self.epoch = 0
+        self.replied = -1
+        self.step = self.collective = 0
+        self.inside = False
+        self.progress_at = now
+
+    @property
+    def has_computed(self) -> bool:
+        """Whether this process has computed in an open epoch."""
+        return bool(self.computed) and self.computed == self.incarnation
 
     @property
     def lost(self) -> bool:

@@ -26,7 +26,6 @@ from drumline.engine.core.members import (
     GroupStage,
     MembershipConfig,
     RankRecord,
-    RankState,
     Refusals,
 )
 from drumline.engine.core.processes import Processes
@@ -266,8 +265,7 @@ class Membership:
         if failed is not None:
             return self._said([*outputs, Ended(failed.text, failed)], now)
         for overdue in self._deadlines.overdue(now):
-            starting = overdue.records[0].state is RankState.STARTING and not self._first.over
-            if starting or (overdue.forming and not self._first.over):
+            if overdue.of_start and not self._first.over:
                 outputs += self._first.fails(overdue.errors[0])
             else:
                 outputs += self._losses.lose(overdue.records, overdue.kind, overdue.errors, now)
@@ -283,11 +281,13 @@ class Membership:
             return []
         outputs, self._pending = self._pending + outputs, []
         self._first.over = self._first.over or self.took_over
+        self.epochs.starting = not self._first.over
         for output in outputs:
             if isinstance(output, Ended):
                 self._ended = True
             elif isinstance(output, EpochReady) and self.all_opened:
                 self._first.over = True
+                self.epochs.starting = False
         return outputs
 
     @property

@@ -44,10 +44,7 @@ class Processes:
         record.state = RankState.STARTING
         record.incarnation = ""
         record.pid = 0
-        record.load_done = record.load_total = 0
-        record.executed = record.missed = record.missed_at = 0
-        record.raised_at = -1
-        record.progress_at = now
+        record.forget(now)
         record.start_at = None
         record.crash_looping = False
         record.unconfirmed += 1

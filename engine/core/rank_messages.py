@@ -108,6 +108,11 @@ class RankMessages:
         if not known and not (message.epoch < 1 and message.term <= self._config.term and not record.has_weights):
             self._refusals.stale += 1
             return []
+        if message.epoch == record.faulted:
+            # A rank has one fault in an epoch: it is out of it then.
+            self._refusals.out_of_order += 1
+            return []
+        record.faulted = message.epoch
         failed = self._first.fault(record, message)
         return self._losses.fault(record, message, now) if failed is None else failed
 

@@ -372,3 +372,31 @@ def test_a_parked_rank_that_dies_stops_nobody() -> None:
     assert not ranks.said(GroupClosed)
     assert ranks.membership.groups[0].is_open
     assert kinds(ranks) == [(2, "exit")]
+
+
+def test_the_same_fault_told_twice_is_one() -> None:
+    ranks = opened()
+    ranks.processes[1].mute = {Leave}
+    fault = Fault(5, 1, 1, ErrorInfo(kind="internal", text="broken"))
+    for _ in range(2):
+        ranks.pump(ranks.say(1, fault))
+    assert kinds(ranks) == [(1, "exception")]
+    assert not ranks.said(Kill)
+
+
+def test_a_process_that_dies_before_it_has_computed_did_not_die_of_a_request() -> None:
+    ranks = opened()
+    ranks.slow = {1}
+    ranks.kill(1)
+    ranks.kill(1, signal=11)
+    assert [(fault.epoch, fault.inside) for fault in ranks.said(FaultSeen)] == [(1, False), (0, False)]
+
+
+def test_a_rank_that_is_stopped_while_it_starts_is_replaced() -> None:
+    ranks = FakeRanks()
+    ranks.slow = {1}
+    ranks.start()
+    ranks.wait(11.0, beating=[0])
+    assert ranks.said(FaultSeen)[0].kind == "wedged"
+    assert not ranks.said(Ended)
+    assert len(ranks.said(Spawn)) == 3

@@ -7,6 +7,7 @@ Prints a line for every batch that was committed: how many tokens each stream ha
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import random
 import resource
@@ -18,14 +19,21 @@ from drumline.engine.journal import Journal
 from tests.unit.engine.journal.told import Told, submit
 
 
+def say(*words: str) -> None:
+    os.write(1, (" ".join(words) + "\n").encode())
+
+
 async def write_for_ever(path: str, term: int, dead_bytes: int) -> None:
     draw = random.Random(term)
     told = Told()
 
-    def ended(*words: str) -> None:
-        os.write(1, (" ".join(("state", *words)) + "\n").encode())
-
-    journal, restored = Journal.open(path, term, on_state=ended, on_superseded=ended, dead_bytes=dead_bytes)
+    journal, restored = Journal.open(
+        path,
+        term,
+        on_state=functools.partial(say, "state"),
+        on_superseded=functools.partial(say, "state"),
+        dead_bytes=dead_bytes,
+    )
     told.take_over(restored)
     delivery = Delivery(journal)
     number = term * 1_000_000
@@ -39,12 +47,12 @@ async def write_for_ever(path: str, term: int, dead_bytes: int) -> None:
                 f"{streams[0].request.request_id}={','.join(str(len(stream.tokens)) for stream in streams)}"
                 for streams in told.requests.values()
             )
-            delivery.push(batch, lambda counts=counts: os.write(1, f"kept {counts}\n".encode()))  # type: ignore[misc]
+            delivery.push(batch, functools.partial(say, "kept", counts))
             await asyncio.sleep(0)
         while len(told.requests) > 8:
             gone = draw.choice(list(told.requests))
-            os.write(1, f"going {gone}\n".encode())
-            delivery.push(told.forget(gone), lambda gone=gone: os.write(1, f"gone {gone}\n".encode()))  # type: ignore[misc]
+            say("going", gone)
+            delivery.push(told.forget(gone), functools.partial(say, "gone", gone))
         await asyncio.sleep(draw.random() * 0.002)
 
 

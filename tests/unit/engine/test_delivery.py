@@ -31,6 +31,10 @@ def delivery_of(journal: HeldJournal) -> Delivery:
     return Delivery(cast(Journal, journal))
 
 
+def fail() -> None:
+    raise ZeroDivisionError
+
+
 def batch() -> Batch:
     return Told().accept(submit("r1"))
 
@@ -74,7 +78,7 @@ def test_a_send_that_fails_holds_nothing_up(caplog: pytest.LogCaptureFixture) ->
     sent: list[int] = []
     journal = HeldJournal()
     delivery = delivery_of(journal)
-    delivery.push(batch(), lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    delivery.push(batch(), fail)
     delivery.push(None, lambda: sent.append(2))
     journal.commit()
     assert sent == [2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from drumline.engine.core.outputs import ConnectionOutput
 from drumline.engine.core.restored import RestoredRequest
 from drumline.engine.journal import Batch, Journal
 from drumline.engine.journal.batches import make_batch
+from drumline.engine.journal.compaction import DEAD_BYTES
+from drumline.engine.journal.writer import WHOLE_AFTER_S
 from drumline.protocol.messages import LogprobEntry, SamplingSpec, StreamEnd, Submit
 
 
@@ -96,7 +99,11 @@ class Told:
     def step(self, count: int = 1, ending: str = "") -> Batch:
         """``count`` tokens of every stream that has not ended; those of request ``ending`` end."""
         output = ConnectionOutput(1)
-        handles, positions, tokens, index, entries = [], [], [], [], []
+        handles: list[int] = []
+        positions: list[int] = []
+        tokens: list[int] = []
+        index: list[int] = []
+        entries: list[LogprobEntry] = []
         for streams in self.requests.values():
             for stream in streams:
                 if stream.end is not None:
@@ -210,11 +217,21 @@ class Heard:
 
 @contextlib.asynccontextmanager
 async def opened(
-    path: Path | str, term: int, heard: Heard | None = None, **settings: float
+    path: Path | str,
+    term: int,
+    heard: Heard | None = None,
+    *,
+    dead_bytes: int = DEAD_BYTES,
+    whole_after_s: float = WHOLE_AFTER_S,
 ) -> AsyncIterator[tuple[Journal, tuple[RestoredRequest, ...]]]:
     heard = heard or Heard()
     journal, restored = Journal.open(
-        str(path), term, on_state=heard.state, on_superseded=heard.superseded.append, **settings
+        str(path),
+        term,
+        on_state=heard.state,
+        on_superseded=heard.superseded.append,
+        dead_bytes=dead_bytes,
+        whole_after_s=whole_after_s,
     )
     try:
         yield journal, restored
@@ -233,6 +250,6 @@ async def committed(journal: Journal, *batches: Batch) -> None:
     """Append and wait."""
     done: list[int] = []
     for number, batch in enumerate(batches):
-        journal.append(batch, lambda number=number: done.append(number))
+        journal.append(batch, functools.partial(done.append, number))
     await until(lambda: len(done) == len(batches))
     assert done == list(range(len(batches)))

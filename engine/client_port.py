@@ -228,8 +228,9 @@ class ClientPort:
     def deliver(self, core: EngineCore) -> None:
         """Send what the core has for clients, once it is kept."""
         outputs = core.outputs()
-        if outputs:
-            self._push(core, outputs, lambda: self._send_outputs(outputs))
+        notes = core.take_notes()
+        if outputs or notes is not None:
+            self._engine.keeping.push(notes, outputs, lambda: self._send_outputs(outputs))
 
     def _push(self, core: EngineCore, outputs: list[ConnectionOutput], send: Callable[[], None]) -> None:
         self._engine.keeping.push(core.take_notes(), outputs, send)

@@ -85,6 +85,17 @@ class SimClientPort(ClientPort):
             self._engine.client_left(connection, now)
 
 
+class WatchedCoordination(Coordination):
+    """The real decisions. ``on_plan`` sees the core before anything is planned."""
+
+    on_plan: Callable[[EngineCore], None] = staticmethod(lambda core: None)
+
+    def plan(self, now: float) -> None:
+        if self.core is not None:
+            self.on_plan(self.core)
+        super().plan(now)
+
+
 class Host:
     """One coordinator. ``alive`` until it is killed or ends the engine; ``ended`` is the engine's end."""
 
@@ -98,12 +109,13 @@ class Host:
         self._asleep: list[Callable[[], None]] = []
         self.ended: Ended | None = None
         self.keeping = SimKeeping(cluster, self)
-        self.coordination = Coordination(
+        self.coordination = WatchedCoordination(
             cluster.shape.coordination(term, cluster.seed),
             new_token=cluster.new_token,
             now=self.now,
             restored=self.keeping.restored,
         )
+        self.coordination.on_plan = cluster.rules.watch
         self.clients = SimClientPort(self)
         self.welcome: WelcomeClient | None = None
         self._gone_at: dict[bytes, float] = {}
@@ -273,10 +285,7 @@ class Host:
         return SendResult.SENT
 
     def _ready(self) -> None:
-        core, shape = self.core, self.cluster.shape
-        if core is None:
-            raise AssertionError("ready without a core")
-        self.cluster.rules.ready(self, core)
+        shape = self.cluster.shape
         self.clock.note(f"term {self.term} is ready")
         self.welcome = WelcomeClient(
             version=PROTOCOL_VERSION,

@@ -80,9 +80,10 @@ class Rules:
             if self._sent % 30 == 0:
                 check_prefix_cache(group)
 
-    def ready(self, host: Host, core: EngineCore) -> None:
-        """A coordinator has a core."""
-        self.steps = ClusterStepRules(core, self.cluster.shape.core)
+    def watch(self, core: EngineCore) -> None:
+        """From its first step on, look at what the core plans."""
+        if self.steps is None:
+            self.steps = ClusterStepRules(core, self.cluster.shape.core)
 
     def coordinator_died(self, host: Host) -> None:
         """Its core is gone with it."""

@@ -8,6 +8,7 @@ from drumline.protocol.errors import DrumlineError, ErrorInfo
 
 _NEVER: Final = (-1, -1)
 _ALL: Final = (1 << 62, 1 << 62)
+_LAST: Final = (1 << 61, 0)
 
 
 class EpochAborted(DrumlineError):
@@ -36,6 +37,10 @@ class AbortFlag:
     def abort_all(self, reason: str) -> None:
         """The process is about to end."""
         self.abort_before(*_ALL, reason)
+
+    def check_all(self) -> None:
+        """Raises EpochAborted when the process is about to end."""
+        self.check(*_LAST)
 
     def covers(self, term: int, epoch: int) -> bool:
         """Whether the epoch is over."""

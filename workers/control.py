@@ -33,6 +33,7 @@ from drumline.protocol.messages import (
     Fault,
     FromWorker,
     HelloWorker,
+    Leave,
     OpenStore,
     Shutdown,
     Step,
@@ -249,7 +250,7 @@ class Control:
                 self._exit_at = time.monotonic() + SHUTDOWN_GRACE_S
                 self.abort.abort_all(f"shutdown {message.reason}".rstrip())
                 self._config_known.set()
-            elif isinstance(message, OpenStore | Configure) and (message.term, message.epoch) > self._newest:
+            elif isinstance(message, Leave | OpenStore | Configure) and (message.term, message.epoch) > self._newest:
                 self._newest = (message.term, message.epoch)
                 self.abort.abort_before(*self._newest, f"epoch {self._newest} begins")
             self._hand_over(message)

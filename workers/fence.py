@@ -20,16 +20,27 @@ class Fence:
         self.next_step = 0
         self.broken = False
         self.stale = 0
+        self._awaited = False
+
+    def leave(self, term: int, epoch: int) -> bool:
+        """Every epoch before this one is over, and this one is still to be configured. False, and counted, when it is
+        not newer than the one in force."""
+        if (term, epoch) <= (self.term, self.epoch):
+            self.stale += 1
+            return False
+        self.enter(term, epoch)
+        self.broken = self._awaited = True
+        return True
 
     def enter(self, term: int, epoch: int) -> bool:
-        """Begin an epoch. False, and counted, when it is not newer than the one in force."""
-        if (term, epoch) <= (self.term, self.epoch):
+        """Begin an epoch. False, and counted, when it is neither newer than the one in force nor the one awaited."""
+        if (term, epoch) < (self.term, self.epoch) or ((term, epoch) == (self.term, self.epoch) and not self._awaited):
             self.stale += 1
             return False
         self.term, self.epoch = term, epoch
         self.wave = -1
         self.next_step = 0
-        self.broken = False
+        self.broken = self._awaited = False
         return True
 
     def is_stale(self, term: int, epoch: int) -> bool:
@@ -53,6 +64,9 @@ class Fence:
             )
         if self.broken:
             self.stale += 1
+            return False
+        if step.step < self.next_step:
+            self.stale += 1  # a second copy of what has been run
             return False
         if step.step != self.next_step:
             raise self._refusal(step, f"step {step.step} found, step {self.next_step} is the next")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from drumline.protocol.layout import Layout
 from drumline.workers.collectives import Group, LoneGroup
+from drumline.workers.epoch_place import EpochPlace
 from drumline.workers.experts.all_to_all import AllToAllExchange
 from drumline.workers.experts.exchange import GatherExchange
 from drumline.workers.experts.shared import SharedExchange
@@ -40,26 +40,31 @@ class EpochGroups:
     replicas. ``pp`` carries hidden states, ``pp_tokens`` sampled tokens.
     """
 
-    def __init__(self, layout: Layout, rank: int, *, lockstep: bool, all2all_backend: str, form: FormGroup) -> None:
-        """Forms them one after the other, in the same order on all ranks. Raises what ``form`` raises; what had been
-        formed is closed then."""
+    def __init__(self, place: EpochPlace, me: int, *, lockstep: bool, all2all_backend: str, form: FormGroup) -> None:
+        """Forms them one after the other, in the same order on all ranks. ``me``: this rank in the whole world; a
+        parked one is in no group with others. Raises what ``form`` raises; what had been formed is closed then."""
+        layout, rank = place.layout, place.rank
+        alone = (me,)
+
+        def ranks(group: Callable[[int], tuple[int, ...]], together: bool = True) -> tuple[int, ...]:
+            return alone if place.parked or not together else place.world_ranks(group(rank))
+
         self._all: list[GroupCoordinator] = []
         try:
-            self.tp = self._form(form, "tp", layout.tp_group(rank))
+            self.tp = self._form(form, "tp", ranks(layout.tp_group))
             self.attn_tp = self.tp
-            self.attn_dp = self._form(form, "attn_dp", layout.attn_dp_group(rank))
+            self.attn_dp = self._form(form, "attn_dp", ranks(layout.attn_dp_group))
             if layout.attention_data_parallel_size > 1:
-                self.attn_tp = self._form(form, "attn_tp", layout.attn_tp_group(rank))
-            self.pp = self._form(form, "pp", layout.pp_group(rank), connect=True)
-            self.pp_tokens = self._form(form, "pp_tokens", layout.pp_group(rank), connect=True)
-            alone = (rank,)
-            self.dp = self._form(form, "dp", layout.dp_group(rank) if lockstep else alone)
-            self.ep = self._form(form, "ep", layout.expert_group(rank) if lockstep else alone)
+                self.attn_tp = self._form(form, "attn_tp", ranks(layout.attn_tp_group))
+            self.pp = self._form(form, "pp", ranks(layout.pp_group), connect=True)
+            self.pp_tokens = self._form(form, "pp_tokens", ranks(layout.pp_group), connect=True)
+            self.dp = self._form(form, "dp", ranks(layout.dp_group, lockstep))
+            self.ep = self._form(form, "ep", ranks(layout.expert_group, lockstep))
         except BaseException:
             self.close()
             raise
         self._exchange: ExpertExchange = LocalExchange()
-        if lockstep and layout.ep_size > 1:
+        if lockstep and layout.ep_size > 1 and not place.parked:
             self._exchange = _exchange(self.ep, all2all_backend)
 
     def _form(self, form: FormGroup, name: str, ranks: tuple[int, ...], connect: bool = False) -> GroupCoordinator:

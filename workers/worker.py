@@ -36,6 +36,7 @@ from drumline.protocol.stateless import StoreError, open_store
 from drumline.workers.abort import EpochAborted
 from drumline.workers.control import Control
 from drumline.workers.epoch_groups import EpochGroups
+from drumline.workers.epoch_place import EpochPlace
 from drumline.workers.faults import describe
 from drumline.workers.fence import Fence
 from drumline.workers.groups import GroupCoordinator, GroupPlace, GroupTimeout, PeerLost, form_group
@@ -195,7 +196,8 @@ class Worker:
 
         backend = config.all2all_backend
         lockstep = runner.spec.is_moe
-        groups = EpochGroups(runner.layout, self._me.rank, lockstep=lockstep, all2all_backend=backend, form=form)
+        epoch = EpochPlace.of(config.layout, [member.rank for member in message.members], self._me.rank)
+        groups = EpochGroups(epoch, self._me.rank, lockstep=lockstep, all2all_backend=backend, form=form)
         self.groups = groups
         runner.meet(groups.for_steps())
         sizes = ", ".join(f"{group.name} {group.world_size}" for group in groups if group.world_size > 1)

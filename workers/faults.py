@@ -15,6 +15,8 @@ def describe(error: BaseException, identity: Identity, at: Position) -> ErrorInf
     """``error`` with its traceback, the rank it happened on, and where that rank was."""
     if isinstance(error, DrumlineError):
         info = error.info
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        info = ErrorInfo(kind="out_of_memory", text=f"{type(error).__name__}: {error}")
     else:
         info = ErrorInfo(kind="internal", text=f"{type(error).__name__}: {error}")
     return msgspec.structs.replace(

@@ -1,0 +1,157 @@
+"""A rank's way out of one epoch and into the next: its store, its groups, its experts in place."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from drumline.protocol.errors import ProtocolError
+from drumline.protocol.layout import slots_per_rank
+from drumline.protocol.messages import Configure, Member, OpenStore, StoreReady, WorkerConfig
+from drumline.protocol.stateless import open_store
+from drumline.workers.control import Control
+from drumline.workers.epoch_groups import EpochGroups
+from drumline.workers.epoch_place import EpochPlace
+from drumline.workers.fence import Fence
+from drumline.workers.groups import GroupCoordinator, GroupPlace, form_group
+
+if TYPE_CHECKING:
+    from drumline.workers.model_runner import ModelRunner
+
+log = logging.getLogger(__name__)
+
+STORE_DEADLINE_S = 30.0
+
+
+class RankEpoch:
+    """The epoch that a rank is in, at most one at a time. ``groups`` is None outside of any."""
+
+    def __init__(self, control: Control) -> None:
+        self.fence = Fence()
+        self.groups: EpochGroups | None = None
+        self._control = control
+        self._me = control.identity
+        self._store: object = None
+
+    def open_store(self, message: OpenStore) -> None:
+        """Open the epoch's store and say where it listens; nothing for an epoch that is over."""
+        if self.fence.is_stale(message.term, message.epoch):
+            return
+        self._store = None  # a fixed port is free for the new store once the old one is gone
+        self._store, host, port = open_store(message.host, message.port, STORE_DEADLINE_S)
+        self._control.send(StoreReady(message.term, message.epoch, self._me.rank, host, port))
+
+    def enter(self, message: Configure, config: WorkerConfig, runner: ModelRunner) -> bool:
+        """Bring the experts into place and meet the other members. False for an epoch that is over.
+
+        Raises ProtocolError for an order that does not fit, EpochAborted, PeerLost, GroupTimeout, StoreError.
+        """
+        if not self.fence.enter(message.term, message.epoch):
+            return False
+        self.fence.broken = True  # until it is formed
+        self._control.progress.enter_epoch(message.term, message.epoch)
+        self._check_members(message)
+        place = EpochPlace.of(config.layout, [member.rank for member in message.members], self._me.rank)
+        if place.parked != (message.role == "parked"):
+            raise ProtocolError(f"role {message.role} for rank {self._me.rank}; members: {list(place.ranks)}")
+        runner.reset()
+        transfer = self._transfer_group(message, config, runner)
+        try:
+            placement = np.array(message.placement, dtype=np.int32)
+            runner.refit(place, placement, message.slots, message.fetches, transfer, self.check)
+            self._form_groups(message, config, runner, place)
+        finally:
+            if transfer is not None:
+                transfer.close()
+        self.fence.broken = False
+        return True
+
+    def check(self) -> None:
+        """Raises EpochAborted once a newer epoch has been ordered."""
+        self._control.abort.check(self.fence.term, self.fence.epoch)
+
+    def _check_members(self, message: Configure) -> None:
+        """Raises ProtocolError unless this incarnation of the rank is in the epoch."""
+        everyone = (*message.members, *message.parked)
+        if Member(self._me.rank, self._me.incarnation) not in everyone:
+            members = ", ".join(f"{member.rank}/{member.incarnation}" for member in everyone)
+            me = f"{self._me.rank}/{self._me.incarnation}"
+            raise ProtocolError(f"{me} is no member of the epoch; members: {members}")
+
+    def _transfer_group(self, message: Configure, config: WorkerConfig, runner: ModelRunner) -> GroupCoordinator | None:
+        """The ranks that give experts to each other, None when this one neither gives nor gets any.
+
+        Each stage moves its own layers, so the ranks of one stage meet apart from those of others.
+        """
+        stage = config.layout.coordinates(self._me.rank).pp_rank
+        moving = _moving_ranks(message, config, runner)
+        if self._me.rank not in moving:
+            return None
+        strangers = moving - {member.rank for member in (*message.members, *message.parked)}
+        if strangers:
+            raise ProtocolError(f"fetches name ranks {sorted(strangers)}, which are not in the epoch")
+        return self._form(f"transfer.{stage}", tuple(sorted(moving)), True, message, config, runner)
+
+    def _form(
+        self,
+        name: str,
+        ranks: tuple[int, ...],
+        connect: bool,
+        message: Configure,
+        config: WorkerConfig,
+        runner: ModelRunner,
+    ) -> GroupCoordinator:
+        host, port = message.store_host, message.store_port
+        place = GroupPlace(message.term, message.epoch, self._me.rank, ranks, host, port, runner.device)
+        return form_group(
+            name,
+            place,
+            self._control.abort,
+            self._control.progress,
+            connect=connect,
+            collective_deadline_s=config.distributed_timeout_s,
+        )
+
+    def _form_groups(self, message: Configure, config: WorkerConfig, runner: ModelRunner, place: EpochPlace) -> None:
+        self.groups = groups = EpochGroups(
+            place,
+            self._me.rank,
+            lockstep=runner.spec.is_moe,
+            all2all_backend=config.all2all_backend,
+            form=lambda name, ranks, connect: self._form(name, ranks, connect, message, config, runner),
+        )
+        runner.meet(groups.for_steps())
+        sizes = ", ".join(f"{group.name} {group.world_size}" for group in groups if group.world_size > 1)
+        log.info("rank %d, epoch %d: groups %s", self._me.rank, message.epoch, sizes or "of one rank alone")
+
+    def leave(self, runner: ModelRunner | None) -> None:
+        """Give up the groups and refuse what is left of the epoch. Never blocks."""
+        self.fence.break_epoch()
+        if runner is not None:
+            runner.part()  # buffers given to a collective are never used again
+        if self.groups is not None:
+            self.groups.close()
+            self.groups = None
+
+
+def _moving_ranks(message: Configure, config: WorkerConfig, runner: ModelRunner) -> set[int]:
+    """The ranks of this rank's stage that give experts to others or get some from others."""
+    if not len(message.fetches):
+        return set()
+    world = config.layout
+    stage = world.coordinates(runner.rank).pp_rank
+    first, end = runner.shards.layers
+    own_layers = [i for i, layer in enumerate(runner.spec.moe_layers) if first <= layer < end]
+    receivers = [member.rank for member in message.members if world.coordinates(member.rank).pp_rank == stage]
+    slots = message.slots.tolist() or slots_per_rank(message.placement.shape[1], len(receivers))
+    bounds = np.cumsum(slots)
+    moving: set[int] = set()
+    for layer, slot, source, _ in message.fetches.tolist():
+        if layer not in own_layers or source < 0:
+            continue
+        receiver = receivers[int(np.searchsorted(bounds, slot, side="right"))]
+        if receiver != source:
+            moving |= {receiver, source}
+    return moving

@@ -90,7 +90,7 @@ class Control:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._watched = [fd for fd in (self._wake, signals, lifeline) if fd is not None]
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
-        self._started = time.monotonic()
+        self._welcome_by = time.monotonic() + WELCOME_DEADLINE_S
         self._context: zmq.Context[Any]
         self._dealer: ThreadDealer[ToWorker]
         self._held: FromWorker | None = None
@@ -150,7 +150,11 @@ class Control:
             self._dealer = ThreadDealer(self._context, self._endpoint, Codec(ToWorker))
             self._dealer.send(self._hello())
             while self._exit_code is None:
-                self._turn()
+                try:
+                    self._turn()
+                except EngineClosed as error:
+                    if self._exit_code is None and not self._await_another(error):
+                        raise
             self._leave(self._exit_code)
         except EngineClosed as error:
             if self._exit_code is None and self._exit_at is None:
@@ -163,8 +167,48 @@ class Control:
             os._exit(1)
 
     def _hello(self) -> HelloWorker:
-        me = self.identity
-        return HelloWorker(PROTOCOL_VERSION, me.token, me.rank, me.incarnation, os.getpid(), socket.gethostname())
+        me, (term, epoch) = self.identity, self._newest
+        digest = self.progress.loaded_digest
+        pid, host = os.getpid(), socket.gethostname()
+        return HelloWorker(
+            PROTOCOL_VERSION,
+            me.token,
+            me.rank,
+            me.incarnation,
+            pid,
+            host,
+            max(term, self._term, 0),
+            max(epoch, 0),
+            bool(digest),
+            digest,
+        )
+
+    def _await_another(self, lost: EngineClosed) -> bool:
+        """The coordinator is gone: keep the weights and say Hello to the next one, within the lease. False when there
+        is nothing to wait for."""
+        lease = self._config.coordinator_lease_s if self._config is not None else 0.0
+        now = time.monotonic()
+        if self._welcomed and lease > 0:
+            log.warning("the coordinator is gone (%s); waiting %.0f s for the next one", lost.text, lease)
+            self._welcome_by = now + lease
+        if self._exit_at is not None or lease <= 0 or now >= self._welcome_by:
+            return False
+        self._welcomed = False
+        # Whatever the main thread waits for: nothing of this term goes on.
+        self.abort.abort_before(self._term + 1, 0, "the coordinator is gone")
+        self._drop_replies()
+        self._dealer.close(linger_s=0.0)
+        # One that died while it started is tried again, but not in a tight loop.
+        time.sleep(RETRY_S)
+        self._dealer = ThreadDealer(self._context, self._endpoint, Codec(ToWorker))
+        self._dealer.send(self._hello())
+        return True
+
+    def _drop_replies(self) -> None:
+        """What was meant for a coordinator that is gone."""
+        self._held = None
+        while not self._outbox.empty():
+            self._outbox.get_nowait()
 
     def _turn(self) -> None:
         ready = self._dealer.poll(self._watched, self._timeout())
@@ -175,7 +219,10 @@ class Control:
             self._leave(EXIT_TERMINATED)
         if self._wake in ready:
             os.eventfd_read(self._wake)
-        self._drain_outbox()
+        if self._welcomed or self._term < 0:
+            self._drain_outbox()
+        else:
+            self._drop_replies()
         # One message a turn: a second look would hold the interpreter while the main thread wants it for the first.
         message = self._dealer.recv_nowait()
         if message is not None:
@@ -186,7 +233,7 @@ class Control:
         if self._held is not None:
             return RETRY_S
         now = time.monotonic()
-        due = self._next_beat if self._welcomed else min(self._started + WELCOME_DEADLINE_S, now + LOOK_S)
+        due = self._next_beat if self._welcomed else min(self._welcome_by, now + LOOK_S)
         if self._exit_at is not None:
             due = min(due, self._exit_at)
         return max(0.0, due - now)
@@ -196,9 +243,10 @@ class Control:
             log.warning("shutdown: the main thread did not end within %.1f s", SHUTDOWN_GRACE_S)
             self._leave(0)
         if not self._welcomed:
-            if now >= self._started + WELCOME_DEADLINE_S:
-                raise EngineClosed(f"no welcome from {self._endpoint} within {WELCOME_DEADLINE_S:.0f} s")
+            if now >= self._welcome_by:
+                raise EngineClosed(f"no welcome from {self._endpoint} in time")
             if self._token_file is not None and not self._token_file.exists():
+                self._welcome_by = 0.0
                 # A connection that never stood cannot be lost; the folder of an engine goes when the engine does.
                 raise EngineClosed(f"the engine is gone, and {self._token_file} with it")
         elif now >= self._next_beat:
@@ -256,7 +304,7 @@ class Control:
             self._hand_over(message)
 
     def _welcome(self, message: WelcomeWorker) -> None:
-        if self._welcomed:
+        if self._welcomed or message.term < self._term:
             self._stale += 1
             return
         if message.version != PROTOCOL_VERSION:

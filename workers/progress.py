@@ -27,6 +27,8 @@ class Progress:
         self.position = Position()
         self.load_done = 0
         self.load_total = 0
+        #: Of the configuration that the weights were loaded for, empty until they are.
+        self.loaded_digest = ""
         self.steps = 0
         self.dummy_steps = 0
         self.stale = 0

@@ -86,7 +86,7 @@ class RankEpoch:
         Each stage moves its own layers, so the ranks of one stage meet apart from those of others.
         """
         stage = config.layout.coordinates(self._me.rank).pp_rank
-        moving = _moving_ranks(message, config, runner)
+        moving = _moving_ranks(message, config, runner, self._me.rank)
         if self._me.rank not in moving:
             return None
         strangers = moving - {member.rank for member in (*message.members, *message.parked)}
@@ -136,12 +136,12 @@ class RankEpoch:
             self.groups = None
 
 
-def _moving_ranks(message: Configure, config: WorkerConfig, runner: ModelRunner) -> set[int]:
-    """The ranks of this rank's stage that give experts to others or get some from others."""
+def _moving_ranks(message: Configure, config: WorkerConfig, runner: ModelRunner, me: int) -> set[int]:
+    """The ranks of the stage of rank ``me`` that give experts to others or get some from others."""
     if not len(message.fetches):
         return set()
     world = config.layout
-    stage = world.coordinates(runner.rank).pp_rank
+    stage = world.coordinates(me).pp_rank
     first, end = runner.shards.layers
     own_layers = [i for i, layer in enumerate(runner.spec.moe_layers) if first <= layer < end]
     receivers = [member.rank for member in message.members if world.coordinates(member.rank).pp_rank == stage]

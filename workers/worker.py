@@ -147,6 +147,7 @@ class Worker:
         self._sizes = (num_blocks, block_bytes, weight_bytes)
         self._load_s = time.monotonic() - start
         self._runner = runner
+        self._progress.loaded_digest = config_digest(self._known_config())
         threads = choose_threads(config, weight_bytes)
         torch.set_num_threads(threads)
         text = "rank %d, pid %d: loaded %d bytes of weights in %.2f s, %d KV blocks, %d torch threads"

@@ -153,7 +153,7 @@ class Control:
                 try:
                     self._turn()
                 except EngineClosed as error:
-                    if self._exit_code is None and not self._await_another(error):
+                    if not self._await_another(error):
                         raise
             self._leave(self._exit_code)
         except EngineClosed as error:

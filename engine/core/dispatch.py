@@ -92,14 +92,15 @@ class Dispatch:
             if request.unended and self._must_leave(request, self._replica_of(request)):
                 self._hold(request)
 
-    def resettle(self) -> None:
+    def resettle(self) -> bool:
         """Requests on replicas that do not serve, and those in no queue, go to replicas where they may run, each to one
-        that fits the longest it may become. Those that fit none wait where they are. In the order of their turns."""
+        that fits the longest it may become. Those that fit none wait where they are. In the order of their arrival.
+        Whether any goes."""
         serving = self._serving()
         homeless = [request for group in self._groups for request in self._homeless(group)]
         homeless += [request for request in self._held.values() if request.rows_held == 0]
         if not homeless:
-            return
+            return False
         homeless.sort(key=lambda request: request.sequences[0].arrival)
         loads = self._loads()
         moves: list[tuple[Request, int]] = []
@@ -109,11 +110,11 @@ class Dispatch:
                 loads[0][replica] += request.unended
                 moves.append((request, replica))
         self._move(moves)
+        return bool(moves)
 
-    def rows_freed(self) -> None:
-        """Requests in no queue may have given up their last rows."""
-        if self._held:
-            self.resettle()
+    def rows_freed(self) -> bool:
+        """Requests in no queue may have given up their last rows. Whether any has found its place."""
+        return bool(self._held) and self.resettle()
 
     def _find_place(self, request: Request, serving: Flags, loads: tuple[npt.NDArray[np.int64], ...]) -> int | None:
         """Where the request goes, None for nowhere."""

@@ -284,11 +284,16 @@ class EngineCore:
         emissions, endings = group.settle()
         self._book.outbox.add_tokens(emissions)
         self._book.endings(endings)
-        self._book.rows_freed(group.release())
+        if self._book.rows_freed(group.release()):
+            self._moved()
         group.update_wave()
 
     def _resettle(self) -> None:
         self._book.dispatch.resettle()
+        self._moved()
+
+    def _moved(self) -> None:
+        """Requests have gone from group to group, perhaps."""
         for group in self._groups:
             group.update_wave()
         self._ready.update(range(len(self._groups)))

@@ -197,12 +197,11 @@ class RequestBook:
             generated = len(sequence.tokens) - len(sequence.request.prompt)
             self.ended(sequence, ending.reason, ending.stop_token, generated)
 
-    def rows_freed(self, sequences: list[Sequence]) -> None:
-        """These sequences hold no row any more."""
+    def rows_freed(self, sequences: list[Sequence]) -> bool:
+        """These sequences hold no row any more. Whether requests have gone to other replicas therefore."""
         for sequence in sequences:
             self._confirm(sequence.request)
-        if sequences:
-            self.dispatch.rows_freed()
+        return bool(sequences) and self.dispatch.rows_freed()
 
     def _abort(self, request: Request) -> None:
         for sequence in request.live:

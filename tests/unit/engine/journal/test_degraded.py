@@ -134,6 +134,21 @@ async def test_a_lock_that_goes_in_time_is_not_noticed(path: Path) -> None:
         assert heard.names == []
 
 
+async def test_time_in_which_the_loop_did_not_run_is_not_the_journals_fault(path: Path) -> None:
+    told, heard = Told(), Heard()
+    async with opened(path, 1, heard) as (journal, _):
+        await committed(journal, told.accept(submit("r1")))
+        done: list[int] = []
+        with locked(path):
+            journal.append(told.step(), lambda: done.append(1))
+            await asyncio.sleep(0.25)
+            time.sleep(1.5)  # noqa: ASYNC251
+            await asyncio.sleep(0.25)
+            assert done == []
+        await until(lambda: done)
+        assert heard.names == []
+
+
 async def test_one_that_is_locked_when_it_is_opened_is_read_and_taken_over_later(path: Path) -> None:
     told, heard = Told(), Heard()
     async with opened(path, 1) as (journal, _):

@@ -62,7 +62,7 @@ class Keeping:
 
     def _state_changed(self, state: str, text: str) -> None:
         if state == "writable" and self._journal is not None:
-            snapshot = self._core.snapshot() if self._core is not None else ()
+            snapshot = self._core.snapshot() if self._core is not None else self.restored
             self._journal.recover(snapshot)
             return
         self._on_state(state, text)

@@ -62,6 +62,7 @@ class SimRank(SimProcess):
         self.said_left = False
         self.loaded = False
         self.loading = False
+        self.loaded_for = 0
         self.held = NOTHING
         self.run: EpochRun | None = None
         self.runs = 0
@@ -167,8 +168,11 @@ class SimRank(SimProcess):
         self._welcomed = True
 
     def _load(self, message: Load) -> None:
-        if not self.tampered and (self.loaded or not self._welcomed):
+        if not self.tampered and (self.loaded_for == self.term or not self._welcomed):
             self.broken("is told to load before its welcome, or again")
+        # The Hello to the next coordinator may have been said while it loaded.
+        if self.loaded and self._welcomed:
+            self._say_loaded()
         if self.loading or self.loaded or not self._welcomed:
             return
         self.loading = True
@@ -187,6 +191,11 @@ class SimRank(SimProcess):
             # Of the layers of other stages it has none.
             stage = shape.layout.coordinates(self.rank).pp_rank
             self.held[[layer for layer, of_layer in enumerate(shape.moe_layer_stage) if of_layer != stage]] = -1
+        self._say_loaded()
+
+    def _say_loaded(self) -> None:
+        shape = self.cluster.shape
+        self.loaded_for = self.term
         self.send(
             Loaded(self.term, self.rank, DIGEST, shape.num_blocks, 64, 1000, shape.load_s, "cpu", shape.free_bytes)
         )

@@ -92,6 +92,8 @@ class ClientReader:
             self._read(self.unread.popleft())
 
     def _read(self, message: ToClient) -> None:
+        if self.clock.verbose:
+            self.clock.note(f"client {self.number} reads {message}")
         if isinstance(message, WelcomeClient):
             self._welcome(message)
         elif isinstance(message, Tokens):

@@ -95,8 +95,8 @@ class Rules:
     def delivered(self, host: Host, identity: bytes, message: ToClient) -> None:
         """Nothing about requests leaves before it is on disk."""
         disk = self.cluster.disk
-        if self.cluster.shape.keeps_journal and host.keeping.state != "degraded" and disk.whole:
-            self.delivery.check(disk, identity, message)
+        kept = self.cluster.shape.keeps_journal and host.keeping.state != "degraded" and disk.whole
+        self.delivery.check(disk if kept else None, identity, message)
 
     # -------------------------------------------------------------------- requests
 
@@ -141,7 +141,8 @@ class Rules:
         very first start."""
         self.clock.seen["engine_ended"] += 1
         error = ended.error
-        first_start = self.cluster.term == 1 and host.core is None and self.cluster.faults.caused > 0
+        took_over = host.coordination.membership.took_over
+        first_start = not took_over and host.core is None and self.cluster.faults.caused > 0
         if first_start and error is not None and error.kind == "start_failed":
             return
         if not self.cluster.may_end:

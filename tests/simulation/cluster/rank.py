@@ -62,7 +62,7 @@ class SimRank(SimProcess):
         self.said_left = False
         self.loaded = False
         self.loading = False
-        self.loaded_for = 0
+        self._told_to_load = False
         self.held = NOTHING
         self.run: EpochRun | None = None
         self.runs = 0
@@ -114,6 +114,7 @@ class SimRank(SimProcess):
     def connected(self, line: Line) -> None:
         """The connection is there."""
         self.line = line
+        self._told_to_load = False
         term, epoch = max((self.term, 0), self.left)
         self.send(
             HelloWorker(
@@ -168,8 +169,9 @@ class SimRank(SimProcess):
         self._welcomed = True
 
     def _load(self, message: Load) -> None:
-        if not self.tampered and (self.loaded_for == self.term or not self._welcomed):
+        if not self.tampered and (self._told_to_load or not self._welcomed):
             self.broken("is told to load before its welcome, or again")
+        self._told_to_load = True
         # The Hello to the next coordinator may have been said while it loaded.
         if self.loaded and self._welcomed:
             self._say_loaded()
@@ -195,7 +197,6 @@ class SimRank(SimProcess):
 
     def _say_loaded(self) -> None:
         shape = self.cluster.shape
-        self.loaded_for = self.term
         self.send(
             Loaded(self.term, self.rank, DIGEST, shape.num_blocks, 64, 1000, shape.load_s, "cpu", shape.free_bytes)
         )

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tests.simulation.cluster.host import Host
 
 RESTART_WINDOW_S = 600.0
+SUSPICIOUS = 3
+"""So many faults that look like a request's doing may be laid at one that had no part in them."""
 
 
 class Rules:
@@ -118,7 +120,7 @@ class Rules:
         """Only a request that is itself to blame may fail."""
         self.clock.note(f"{asked.request_id} fails: {error.kind}: {error.text}")
         self.clock.seen["failed_" + error.kind] += 1
-        if error.kind == "poisoned" and asked.wanted.poison:
+        if error.kind == "poisoned" and (asked.wanted.poison or self.cluster.faults.from_inside >= SUSPICIOUS):
             return
         if error.kind == "numeric" and self._hits.get(asked.seed, 0) >= 2:
             return

@@ -335,6 +335,7 @@ class Coordinator:
         core = self.coordination.core
         if core is None:
             return
+        self.keeping.keep_whole(core)
         blocks = min(replica.blocks_total for replica in core.replica_status())
         self._welcome = WelcomeClient(
             version=PROTOCOL_VERSION,

@@ -12,7 +12,7 @@ REMEMBERED = 80
 
 class Clock:
     """Events in order of their moments; those of one moment in the order in which they were set. ``random`` decides
-    every delay. ``seen`` counts what happened, ``past`` keeps the last of it for a failure's text."""
+    every delay. ``verbose``: everything is printed. ``seen`` counts what happened, ``past`` keeps the last of it for a failure's text."""
 
     def __init__(self, seed: int, verbose: bool = False) -> None:
         self.now = 0.0
@@ -20,7 +20,7 @@ class Clock:
         self.handled = 0
         self.seen: Counter[str] = Counter()
         self.past: deque[str] = deque(maxlen=REMEMBERED)
-        self._verbose = verbose
+        self.verbose = verbose
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = 0
 
@@ -50,5 +50,5 @@ class Clock:
         """Remember that something happened."""
         line = f"{self.now:9.4f} {text}"
         self.past.append(line)
-        if self._verbose:
+        if self.verbose:
             print(line)

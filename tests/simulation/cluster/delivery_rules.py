@@ -13,10 +13,17 @@ class DeliveryRules:
     def __init__(self) -> None:
         self._streams: dict[tuple[bytes, int], tuple[str, int]] = {}
 
-    def check(self, disk: Disk, identity: bytes, message: ToClient) -> None:
-        """``message`` goes to the connection of ``identity`` now."""
+    def check(self, disk: Disk | None, identity: bytes, message: ToClient) -> None:
+        """``message`` goes to the connection of ``identity`` now. ``disk`` None: nothing is kept at the moment."""
         if isinstance(message, Accepted | Resumed):
-            self._handles(disk, identity, message)
+            for index, handle in enumerate(message.handles.tolist()):
+                self._streams[identity, handle] = (message.request_id, index)
+        if disk is not None:
+            self._check(disk, identity, message)
+
+    def _check(self, disk: Disk, identity: bytes, message: ToClient) -> None:
+        if isinstance(message, Accepted | Resumed) and message.request_id not in disk.ever:
+            raise RuleBrokenError(f"{message.request_id}: {message} is sent before it is journalled")
         if isinstance(message, Resumed):
             kept = disk.requests.get(message.request_id)
             for index, tokens in enumerate(message.tokens if kept is not None else ()):
@@ -32,13 +39,6 @@ class DeliveryRules:
                 kept = disk.requests.get(end.request_id)
                 if kept is not None and kept.ends[end.index] is None:
                     raise RuleBrokenError(f"{end.request_id}/{end.index}: its end is sent before it is journalled")
-
-    def _handles(self, disk: Disk, identity: bytes, message: Accepted | Resumed) -> None:
-        request_id = message.request_id
-        for index, handle in enumerate(message.handles.tolist()):
-            self._streams[identity, handle] = (request_id, index)
-        if request_id not in disk.ever:
-            raise RuleBrokenError(f"{request_id}: {type(message).__name__} is sent before it is journalled")
 
     def _there(self, kept: Kept | None, index: int, position: int) -> None:
         if kept is not None and kept.ends[index] is None and position >= len(kept.tokens[index]):

@@ -155,6 +155,9 @@ class SimJournal:
         self._gone = False
         self.state = "on"
         self.superseded = False
+        if disk.full:
+            self.state = "degraded"
+            self._clock.after(RETRY_S, self._retry)
 
     def append(self, batch: Batch, on_committed: Callable[[], None]) -> None:
         """Commit ``batch`` after those before, then call ``on_committed``."""

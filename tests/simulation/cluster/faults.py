@@ -31,7 +31,8 @@ class RankFault:
 
 
 class Faults:
-    """``poison`` and ``not_finite``: seeds of requests that kill ranks, or whose numbers are not finite."""
+    """``poison`` and ``not_finite``: seeds of requests that kill ranks, or whose numbers are not finite.
+    ``from_inside``: faults that look as if a request had caused them."""
 
     def __init__(self, clock: Clock, kill_coordinator: Callable[[], None]) -> None:
         self._clock = clock
@@ -41,6 +42,7 @@ class Faults:
         self.poison: set[int] = set()
         self.not_finite: set[int] = set()
         self.caused = 0
+        self.from_inside = 0
 
     def arm(self, fault: RankFault) -> None:
         """It happens at the next occasion."""
@@ -67,6 +69,7 @@ class Faults:
     def strike(self, process: SimRank, fault: RankFault) -> None:
         """Bring it about."""
         self.caused += 1
+        self.from_inside += fault.kind in ("segv", "exit", "raise")
         self._clock.seen[f"fault_{fault.kind}_{fault.point}"] += 1
         self._clock.seen["fault_" + fault.kind] += 1
         self._clock.note(f"fault: {fault.kind} {process} at {fault.point}")

@@ -165,6 +165,8 @@ class Host:
         self.act(partial(self._from_client, identity, message))
 
     def _from_client(self, identity: bytes, message: FromClient) -> None:
+        if self.clock.verbose:
+            self.clock.note(f"{identity!r} says {message}")
         now = self.now
         self.cluster.rules.note_waves()
         self.clients.receive(identity, message, now)
@@ -286,6 +288,8 @@ class Host:
 
     def _ready(self) -> None:
         shape = self.cluster.shape
+        if self.core is not None:
+            self.keeping.keep_whole(self.core)
         self.clock.note(f"term {self.term} is ready")
         self.welcome = WelcomeClient(
             version=PROTOCOL_VERSION,

@@ -62,6 +62,7 @@ class SimRank(SimProcess):
         self.said_left = False
         self.loaded = False
         self.loading = False
+        self._told_to_load = False
         self.held = NOTHING
         self.run: EpochRun | None = None
         self.runs = 0
@@ -113,6 +114,7 @@ class SimRank(SimProcess):
     def connected(self, line: Line) -> None:
         """The connection is there."""
         self.line = line
+        self._told_to_load = False
         term, epoch = max((self.term, 0), self.left)
         self.send(
             HelloWorker(
@@ -167,8 +169,12 @@ class SimRank(SimProcess):
         self._welcomed = True
 
     def _load(self, message: Load) -> None:
-        if not self.tampered and (self.loaded or not self._welcomed):
+        if not self.tampered and (self._told_to_load or not self._welcomed):
             self.broken("is told to load before its welcome, or again")
+        self._told_to_load = True
+        # The Hello to the next coordinator may have been said while it loaded.
+        if self.loaded and self._welcomed:
+            self._say_loaded()
         if self.loading or self.loaded or not self._welcomed:
             return
         self.loading = True
@@ -187,6 +193,10 @@ class SimRank(SimProcess):
             # Of the layers of other stages it has none.
             stage = shape.layout.coordinates(self.rank).pp_rank
             self.held[[layer for layer, of_layer in enumerate(shape.moe_layer_stage) if of_layer != stage]] = -1
+        self._say_loaded()
+
+    def _say_loaded(self) -> None:
+        shape = self.cluster.shape
         self.send(
             Loaded(self.term, self.rank, DIGEST, shape.num_blocks, 64, 1000, shape.load_s, "cpu", shape.free_bytes)
         )

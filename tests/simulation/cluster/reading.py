@@ -92,6 +92,8 @@ class ClientReader:
             self._read(self.unread.popleft())
 
     def _read(self, message: ToClient) -> None:
+        if self.clock.verbose:
+            self.clock.note(f"client {self.number} reads {message}")
         if isinstance(message, WelcomeClient):
             self._welcome(message)
         elif isinstance(message, Tokens):
@@ -208,7 +210,7 @@ class ClientReader:
         entries = [len(one) for one in message.logprobs]
         asked.resumed([tokens.tolist() for tokens in message.tokens], entries, message.ends)
         self._look_for_stop(asked)
-        if asked.streams[0].stopped_at > 0 and asked.streams[0].end is None:
+        if asked.streams[0].stopped_at > 0 and all(end.index for end in message.ends):
             self.send(Stop(asked.request_id, 0, asked.streams[0].stopped_at))
 
     def _rejected(self, message: Rejected) -> None:

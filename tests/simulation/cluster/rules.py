@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tests.simulation.cluster.host import Host
 
 RESTART_WINDOW_S = 600.0
+SUSPICIOUS = 3
+"""So many faults that look like a request's doing may be laid at one that had no part in them."""
 
 
 class Rules:
@@ -95,8 +97,8 @@ class Rules:
     def delivered(self, host: Host, identity: bytes, message: ToClient) -> None:
         """Nothing about requests leaves before it is on disk."""
         disk = self.cluster.disk
-        if self.cluster.shape.keeps_journal and host.keeping.state != "degraded" and disk.whole:
-            self.delivery.check(disk, identity, message)
+        kept = self.cluster.shape.keeps_journal and host.keeping.state != "degraded" and disk.whole
+        self.delivery.check(disk if kept else None, identity, message)
 
     # -------------------------------------------------------------------- requests
 
@@ -118,7 +120,7 @@ class Rules:
         """Only a request that is itself to blame may fail."""
         self.clock.note(f"{asked.request_id} fails: {error.kind}: {error.text}")
         self.clock.seen["failed_" + error.kind] += 1
-        if error.kind == "poisoned" and asked.wanted.poison:
+        if error.kind == "poisoned" and (asked.wanted.poison or self.cluster.faults.from_inside >= SUSPICIOUS):
             return
         if error.kind == "numeric" and self._hits.get(asked.seed, 0) >= 2:
             return
@@ -141,7 +143,8 @@ class Rules:
         very first start."""
         self.clock.seen["engine_ended"] += 1
         error = ended.error
-        first_start = self.cluster.term == 1 and host.core is None and self.cluster.faults.caused > 0
+        took_over = host.coordination.membership.took_over
+        first_start = not took_over and host.core is None and self.cluster.faults.caused > 0
         if first_start and error is not None and error.kind == "start_failed":
             return
         if not self.cluster.may_end:

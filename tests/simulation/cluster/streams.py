@@ -118,6 +118,9 @@ class Asked:
         if position > len(stream.tokens):
             return True
         if stream.end is not None:
+            if stream.stopped_at > 0:
+                # A coordinator that took it over from the client's tokens does not know that it was stopped.
+                return False
             self.broken(f"token {token} at {position} of {index} after its end {stream.end}")
         if stream.expected.tokens[position : position + 1] != (token,):
             self.broken(f"token {token} at {position} of {index}, expected {stream.expected}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -24,15 +25,19 @@ from drumline.protocol.layout import slots_per_rank
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
     Accepted,
+    Beat,
     BeatWorker,
     Call,
     CallResult,
     Configure,
+    Event,
+    Exited,
     Failed,
     HelloClient,
     HelloSupervisor,
     HelloWorker,
     I32Matrix,
+    Kill,
     Leave,
     Left,
     Load,
@@ -66,6 +71,7 @@ PROMPT = tuple(range(5, 12))
 SEED = 3
 TOKEN = "the supervisor's"
 PATIENCE_S = 10.0
+_PIDS = itertools.count(1000)
 FREE = 1 << 30
 NOTHING_HELD: I32Matrix = np.zeros((0, 0), dtype=np.int32)
 
@@ -87,7 +93,8 @@ class SimulatedRank:
         self.answers_calls = True
         self.steps = self.sampled = 0
         self.shut_down = False
-        self.dealer.send(HelloWorker(PROTOCOL_VERSION, token, rank, self.incarnation, 1000 + rank, "h"))
+        self.pid = next(_PIDS)
+        self.dealer.send(HelloWorker(PROTOCOL_VERSION, token, rank, self.incarnation, self.pid, "h"))
         self.task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -236,6 +243,12 @@ class RawClient:
                 await asyncio.sleep(0.01)
         return status
 
+    async def event(self, kind: str) -> Event:
+        """The next event of ``kind``."""
+        while (event := await self.read(Event)).kind != kind:
+            pass
+        return event
+
     async def engine_failure(self) -> ErrorInfo:
         """The error that ends the engine."""
         while (failed := await self.read(Failed)).request_id:
@@ -270,6 +283,9 @@ class SimulatedEngine:
         self.run = asyncio.create_task(self.coordinator.run())
         self.supervisor: Dealer[ToSupervisor] = Dealer(self.context, self.order.worker_endpoint, Codec(ToSupervisor))
         self.ranks: dict[int, SimulatedRank] = {}
+        #: What the supervisor was told since the ranks were started.
+        self.told: list[ToSupervisor] = []
+        self.supervising: asyncio.Task[None] | None = None
         self.clients: list[RawClient] = []
 
     async def spawns(self) -> list[Spawn]:
@@ -286,6 +302,34 @@ class SimulatedEngine:
     async def start_ranks(self) -> None:
         for spawn in await self.spawns():
             self.ranks[spawn.rank] = SimulatedRank(self, spawn.rank, spawn.token)
+        self.supervising = asyncio.create_task(self._supervise())
+
+    async def _supervise(self) -> None:
+        """What a supervisor does from then on: it beats, starts ranks again and kills them; a killed one is told."""
+        beating = asyncio.create_task(self._beat())
+        try:
+            while True:
+                message = await self.supervisor.recv()
+                self.told.append(message)
+                if isinstance(message, Spawn):
+                    self.ranks[message.rank] = SimulatedRank(self, message.rank, message.token)
+                elif isinstance(message, Kill):
+                    self.kill(message.rank)
+        except EngineClosed:
+            return
+        finally:
+            beating.cancel()
+
+    async def _beat(self) -> None:
+        while True:
+            self.supervisor.send(Beat(1))
+            await asyncio.sleep(1.0)
+
+    def kill(self, rank: int) -> None:
+        """The rank's process is gone, by SIGKILL, and the supervisor says so."""
+        victim = self.ranks[rank]
+        victim.close()
+        self.supervisor.send(Exited(rank, victim.pid, -9, 9))
 
     def client(self) -> RawClient:
         client = RawClient(self.context, self.order.client_endpoint)
@@ -295,6 +339,8 @@ class SimulatedEngine:
     async def close(self) -> None:
         self.coordinator.end("the test is over")
         await asyncio.wait([self.run], timeout=PATIENCE_S)
+        if self.supervising is not None:
+            self.supervising.cancel()
         parts: list[SimulatedRank | RawClient] = [*self.ranks.values(), *self.clients]
         for part in parts:
             part.close()

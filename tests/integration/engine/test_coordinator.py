@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
     Ack,
-    Beat,
     BeatClient,
     Behind,
     CallRanks,
@@ -33,6 +31,7 @@ from drumline.protocol.messages import (
     Goodbye,
     HelloSupervisor,
     HelloWorker,
+    Kill,
     Rejected,
     Resume,
     Resumed,
@@ -42,8 +41,9 @@ from drumline.protocol.messages import (
     ToWorker,
 )
 from drumline.protocol.sockets import Dealer
-from tests.integration.engine.simulated_ranks import NUM_BLOCKS, SimulatedEngine, simulated
+from tests.integration.engine.simulated_ranks import NUM_BLOCKS, PROMPT, SEED, RawClient, SimulatedEngine, simulated
 from tests.integration.engine.test_life import ONE, TWO
+from tests.simulation.oracle import expected_output
 
 
 async def test_clients_are_greeted_told_of_the_load_and_welcomed_when_all_is_ready(runtime_root: Path) -> None:
@@ -233,35 +233,46 @@ async def test_calls_have_a_deadline_of_their_own_for_each_rank_and_late_replies
         assert (await client.read(Rejected)).error.kind == "invalid_request"
 
 
-async def test_a_fault_while_serving_fails_every_request_with_rank_epoch_and_step(runtime_root: Path) -> None:
+async def read_stream(client: RawClient, handle: int, count: int) -> list[int]:
+    """The ``count`` tokens of a stream, each position once."""
+    tokens: list[int] = []
+    for message in client.seen:
+        _note(message, handle, tokens)
+    while len(tokens) < count:
+        _note(await client.read(Tokens), handle, tokens)
+    return tokens
+
+
+def _note(message: object, handle: int, tokens: list[int]) -> None:
+    if not isinstance(message, Tokens):
+        return
+    for own, position, token in zip(message.handles, message.positions, message.tokens, strict=True):
+        if own == handle:
+            assert position == len(tokens)
+            tokens.append(int(token))
+
+
+async def test_a_fault_while_serving_is_told_and_every_stream_goes_on(runtime_root: Path) -> None:
     async with simulated(TWO, runtime_root) as engine:
         client = engine.client()
-        await client.welcome()
-        await client.accepted("a", max_tokens=900)
-        await client.accepted("b", max_tokens=900)
+        welcome = await client.welcome()
+        handles = [int((await client.accepted(name, max_tokens=200)).handles[0]) for name in ("a", "b")]
         await client.read(Tokens)
-        error = ErrorInfo(kind="internal", text="logits are not a number", traceback="Traceback ...")
+        error = ErrorInfo(kind="internal", text="something odd", traceback="Traceback ...", step=3)
         engine.ranks[1].dealer.send(Fault(1, 1, 1, error))
-        fatal = await client.engine_failure()
-        failed = {message.request_id: message.error for message in client.seen if isinstance(message, Failed)}
-        assert set(failed) == {"a", "b", ""}
-        for name in ("a", "b"):
-            info = failed[name]
-            assert (info.kind, info.rank, info.epoch, info.incarnation) == ("request_failed", 1, 1, "inc-1")
-            assert info.step >= 0
-            assert info.traceback == "Traceback ..."
-        assert (fatal.kind, fatal.rank) == ("engine_closed", 1)
-        await engine.run
-        await asyncio.wait_for(asyncio.gather(*(rank.task for rank in engine.ranks.values())), 5.0)
-        assert all(rank.shut_down for rank in engine.ranks.values())
-        beats = 0
-        async with asyncio.timeout(5.0):
-            while not isinstance(message := await engine.supervisor.recv(), Stopping):
-                beats += isinstance(message, Beat)
-        assert message.error is not None
-        assert message.error.rank == 1
-        # While the loss was settled the coordinator waited, it did not spin.
-        assert beats <= 3
+        fault = await client.event("fault")
+        assert (fault.rank, fault.incarnation, fault.epoch) == (1, engine.ranks[1].incarnation, 1)
+        assert fault.fault == "exception"
+        recovered = await client.event("recovered")
+        assert recovered.epoch == 2
+        expected = list(expected_output(list(PROMPT), SEED, 0, frozenset(), 0, 200, welcome.info.vocab_size).tokens)
+        for handle in handles:
+            assert await read_stream(client, handle, 200) == expected
+        status = await client.status()
+        assert status.state == "ready"
+        assert [(one.rank, one.kind, one.epoch) for one in status.faults] == [(1, "exception", 1)]
+        assert 0 <= status.faults[0].recovered_s < PATIENCE_S
+        assert (status.requests.failed, status.groups[0].epoch) == (0, 2)
 
 
 async def test_a_fault_of_an_idle_engine_is_settled_without_waiting_for_the_next_tick(
@@ -271,23 +282,49 @@ async def test_a_fault_of_an_idle_engine_is_settled_without_waiting_for_the_next
     async with simulated(TWO, runtime_root) as engine:
         client = engine.client()
         await client.welcome()
-        engine.ranks[1].dealer.send(Fault(1, 1, 1, ErrorInfo(kind="internal", text="out of memory")))
-        assert "out of memory" in (await client.engine_failure()).text
+        engine.ranks[1].dealer.send(Fault(1, 1, 1, ErrorInfo(kind="internal", text="something odd")))
+        assert "something odd" in (await client.event("fault")).text
+        assert (await client.event("recovered")).epoch == 2
+
+
+async def test_a_killed_rank_is_replaced_and_its_requests_go_on(runtime_root: Path) -> None:
+    async with simulated(TWO, runtime_root) as engine:
+        client = engine.client()
+        welcome = await client.welcome()
+        handles = [int((await client.accepted(name, max_tokens=400)).handles[0]) for name in ("a", "b", "c")]
+        await client.read(Tokens)
+        before = engine.ranks[1].incarnation
+        engine.kill(1)
+        fault = await client.event("fault")
+        assert (fault.rank, fault.incarnation, fault.fault) == (1, before, "exit")
+        assert (await client.event("respawn")).rank == 1
+        joined = await client.event("joined")
+        assert joined.rank == 1
+        assert engine.ranks[1].incarnation != before
+        expected = list(expected_output(list(PROMPT), SEED, 0, frozenset(), 0, 400, welcome.info.vocab_size).tokens)
+        for handle in handles:
+            assert await read_stream(client, handle, 400) == expected
+        status = await client.status()
+        assert [rank.state for rank in status.ranks] == ["ready", "ready"]
+        assert [rank.restarts for rank in status.ranks] == [0, 1]
 
 
 async def test_a_reply_that_cannot_be_right_is_the_loss_of_the_rank(runtime_root: Path) -> None:
     async with simulated(ONE, runtime_root) as engine:
         client = engine.client()
-        await client.welcome()
+        welcome = await client.welcome()
 
         def too_many(done: StepDone) -> StepDone:
             return msgspec.structs.replace(done, tokens=np.zeros(7, dtype=np.int32))
 
         engine.ranks[0].answer = too_many
-        await client.accepted("r")
-        fatal = await client.engine_failure()
-        assert fatal.rank == 0
-        assert "impossible reply" in fatal.text
+        accepted = await client.accepted("r")
+        fault = await client.event("fault")
+        assert (fault.rank, fault.fault) == (0, "protocol")
+        assert "impossible reply" in fault.text
+        assert any(isinstance(message, Kill) and message.rank == 0 for message in engine.told)
+        expected = list(expected_output(list(PROMPT), SEED, 0, frozenset(), 0, 8, welcome.info.vocab_size).tokens)
+        assert await read_stream(client, int(accepted.handles[0]), 8) == expected
 
 
 async def test_replies_to_steps_that_were_never_sent_are_dropped_and_counted(runtime_root: Path) -> None:
@@ -344,14 +381,16 @@ async def test_a_rank_that_hangs_is_told_from_the_one_that_waits_for_it(runtime_
         await client.read(Finished)
         await hang(engine, waiting=0, hanging=1)
         await client.accepted("r")
-        fatal = await client.engine_failure()
-        assert fatal.rank == 1
-        assert "furthest behind in step" in fatal.text
+        fault = await client.event("fault")
+        assert (fault.rank, fault.fault) == (1, "wedged")
+        assert "furthest behind in step" in fault.text
+        assert any(isinstance(message, Kill) and message.rank == 1 for message in engine.told)
+        await client.read(Finished)
 
 
 async def hang(engine: SimulatedEngine, waiting: int, hanging: int) -> None:
-    """Neither rank answers any more; one says that it waits inside a collective, the other that it does not."""
+    """Neither rank answers in this epoch; one says that it waits inside a collective, the other that it does not."""
     for rank in engine.ranks.values():
-        rank.answer = lambda done: None
+        rank.answer = lambda done: done if done.epoch > 1 else None
     engine.ranks[waiting].beat(step=30, inside=True)
     engine.ranks[hanging].beat(step=30, inside=False)

@@ -117,9 +117,10 @@ async def test_tokens_from_a_rank_that_only_acknowledges_are_its_loss(runtime_ro
 
         engine.ranks[REPORTS + 1].answer = talkative
         await client.accepted("r")
-        fatal = await client.engine_failure()
-        assert fatal.rank == REPORTS + 1
-        assert "acknowledges only" in fatal.text
+        fault = await client.event("fault")
+        assert (fault.rank, fault.fault) == (REPORTS + 1, "protocol")
+        assert "acknowledges only" in fault.text
+        await client.read(Finished)
 
 
 async def test_steps_go_on_when_the_reporting_rank_has_answered_and_a_rank_that_owes_is_found(
@@ -136,10 +137,13 @@ async def test_steps_go_on_when_the_reporting_rank_has_answered_and_a_rank_that_
             rank.beat(step=20, inside=rank.rank != 1)
         before = engine.ranks[REPORTS].steps
         await client.accepted("r", max_tokens=30)
-        fatal = await client.engine_failure()
-        assert fatal.rank == 1
-        assert "furthest behind" in fatal.text
-        assert engine.ranks[REPORTS].steps - before == 30
+        fault = await client.event("fault")
+        assert (fault.rank, fault.fault) == (1, "wedged")
+        assert "furthest behind" in fault.text
+        await client.read(Finished)
+        # The siblings of a replaced rank are kept and go on with it.
+        assert engine.ranks[REPORTS].steps > before + 30
+        assert [rank.restarts for rank in (await client.status()).ranks] == [0, 1, 0, 0]
 
 
 async def test_attention_replicas_have_rows_of_their_own_and_a_pinned_request_goes_to_its_engine_replica(

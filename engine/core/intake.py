@@ -29,13 +29,18 @@ class Intake:
     def make(self, connection: int, msg: Submit, longest_text: int = 0) -> Request:
         """The request with ``n`` sequences, which wait nowhere yet, on the replica that the router chose.
 
-        ``longest_text``: tokens that the longest of its sequences has already, prompt included. At least one replica
-        that the request asks for must fit its prompt.
+        ``longest_text``: tokens that the longest of its sequences has already, prompt included, 0 for a new request.
+        One that has some goes to a replica that does not cut it short, if there is any. At least one replica that the
+        request asks for must fit its prompt.
         """
         config, dispatch = self._config, self._dispatch
         prompt = np.ascontiguousarray(msg.prompt)
         states = None if self._hasher is None else self._hasher.states(prompt)
-        replica = dispatch.choose(msg, states, max(longest_text - 1, len(prompt)))
+        length = len(prompt)
+        if longest_text:
+            whole = min(length + msg.max_tokens, config.max_model_len, int(dispatch.kv_tokens.max()) + 1)
+            length = max(longest_text, whole) - 1
+        replica = dispatch.choose(msg, states, length)
         seed = msg.sampling.seed if msg.seed_given else int(self._random.integers(0, 2**63 - 1))
         stops = dict.fromkeys(msg.sampling.stop_token_ids)
         if not msg.ignore_eos:

@@ -81,8 +81,7 @@ class LockstepGroup:
         self._acknowledged = [-1] * self.replicas
         self.answers_wait = False
         freed = self._step_back(frozenset(lost))
-        for replica in lost if self.cache is not None else ():
-            self.cache.forget(replica)
+        self._forget_prefixes(lost)
         self.scheduler.serve(())
         self.update_wave()
         return freed
@@ -103,14 +102,18 @@ class LockstepGroup:
         freed = self.close_epoch(())
         rowless = frozenset(range(self.replicas)) - frozenset(kept)
         freed += self._step_back(rowless)
-        for replica in rowless & frozenset(serving) if self.cache is not None else ():
-            self.cache.forget(replica)
+        self._forget_prefixes(rowless & frozenset(serving))
         self.epoch = epoch
         self.serving = tuple(sorted(serving))
         self.away = frozenset(range(self.replicas)) - frozenset(serving)
         self.scheduler.serve(serving)
         self._cache_due = True
         return freed
+
+    def _forget_prefixes(self, replicas: Collection[int]) -> None:
+        if self.cache is not None:
+            for replica in replicas:
+                self.cache.forget(replica)
 
     def _step_back(self, lost: Collection[int]) -> list[Sequence]:
         freed = self.residence.void(lost)

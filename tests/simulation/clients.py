@@ -14,13 +14,15 @@ from tests.simulation.worker import RuleBrokenError
 
 @dataclass(slots=True)
 class Stream:
-    """One sequence of an accepted request. ``stopped_at``: where its client found a stop string, else -1."""
+    """One sequence of an accepted request. ``stopped_at``: where its client found a stop string, else -1.
+    ``end_told_twice``: its end stood in a Resumed and may come once more."""
 
     name: str
     expected: Expected
     position: int = 0
     stopped_at: int = -1
     end: StreamEnd | None = None
+    end_told_twice: bool = False
 
 
 @dataclass(slots=True)
@@ -30,6 +32,7 @@ class Client:
     plan: Plan
     connection: int
     streams: list[Stream]
+    seed: int = 0
     dropped: bool = False
     cancel_calls: set[int] = field(default_factory=set)
     forgotten: bool = False
@@ -65,7 +68,7 @@ class Clients:
             )
             for index in range(submit.n)
         ]
-        client = Client(plan, plan.connection, streams)
+        client = Client(plan, plan.connection, streams, answer.seed)
         self.requests[submit.request_id] = client
         self._register(client, answer.handles.tolist())
         return client
@@ -82,6 +85,18 @@ class Clients:
                     f"{stream.name}: resumed with {got}, {stream.position} tokens of {stream.expected}"
                 )
             stream.position = max(stream.position, len(got))
+
+    def rehandled(self, client: Client, handles: list[int]) -> None:
+        """The request was accepted once more."""
+        self._register(client, handles)
+
+    def told_ends(self, client: Client, answer: Resumed) -> None:
+        """Ends that stand in a Resumed. What a client reads behind a stop or a cancel of its own it drops."""
+        for end in answer.ends:
+            stream = client.streams[end.index]
+            if stream.end is None:
+                self._end(client.connection, end)
+            stream.end_told_twice = True
 
     def read(self, output: ConnectionOutput) -> list[tuple[Client, Stream]]:
         """Takes one connection's outputs. Returns the streams that got tokens."""
@@ -119,6 +134,8 @@ class Clients:
     def _end(self, connection: int, end: StreamEnd) -> None:
         client, stream = self._find(connection, end.handle)
         if stream.end is not None:
+            if stream.end_told_twice and (end.reason, end.num_tokens) == (stream.end.reason, stream.end.num_tokens):
+                return
             raise RuleBrokenError(f"{stream.name} ends twice")
         stream.end = end
         expected = stream.expected

@@ -97,7 +97,7 @@ def make_scenario(
         through_codec=seed % 8 == 0,
     )
     if rng.random() < 0.15:
-        scenario.drops.append((rng.uniform(0, day + 10), rng.randrange(CONNECTIONS)))
+        scenario.drops.append((rng.uniform(0, day + 10), 1 + rng.randrange(CONNECTIONS)))
     if rng.random() < 0.1:
         scenario.new_epochs.append(rng.uniform(0, day + 10))
     for _ in range(rng.choice((0, 0, 1, 3)) if regroupings is None else regroupings):
@@ -133,7 +133,7 @@ def _plans(rng: random.Random, config: CoreConfig, day: float, count: int = 0) -
         at = rng.uniform(0, day)
         if plans and rng.random() < 0.25:
             prompt, at = _next_turn(rng, config, rng.choice(plans))
-        plan = Plan(_submit(rng, config, number, prompt), rng.randrange(CONNECTIONS), at)
+        plan = Plan(_submit(rng, config, number, prompt), 1 + rng.randrange(CONNECTIONS), at)
         if rng.random() < 0.2:
             plan.cancel_at = at + rng.uniform(0, 12)
         if rng.random() < 0.15:

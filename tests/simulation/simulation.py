@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from drumline.engine.core.engine_core import EngineCore
+from drumline.engine.core.outputs import ConnectionOutput
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import ProtocolError
 from drumline.protocol.messages import (
@@ -117,6 +118,9 @@ class Simulation:
             self._at(max(plan.cancel_at, self.now), partial(self._cancel, client))
         if plan.resume_at >= 0:
             self._at(max(plan.resume_at, self.now), partial(self._resume, client))
+        self._check_twice(plan)
+
+    def _check_twice(self, plan: Plan) -> None:
         again = self.core.submit(plan.connection, plan.submit, self.now)
         if not isinstance(again, Rejected) or again.error.kind != "duplicate_request":
             raise RuleBrokenError(f"{plan.submit.request_id} was accepted twice")
@@ -144,7 +148,7 @@ class Simulation:
     def _resume(self, client: Client) -> None:
         if client.dropped or client.forgotten:
             return
-        connection = (client.connection + self._random.randrange(2)) % CONNECTIONS
+        connection = 1 + (client.connection - 1 + self._random.randrange(2)) % CONNECTIONS
         positions = tuple(stream.position if stream.end is None else 0 for stream in client.streams)
         answer = self.core.resume(connection, Resume(1, client.plan.submit.request_id, positions))
         if not isinstance(answer, Resumed):
@@ -303,7 +307,7 @@ class Simulation:
             if self._random.random() < 0.1:
                 check_prefix_cache(group)
         self._rules.note_finished_waves()
-        for output in self.core.outputs():
+        for output in self._take_outputs():
             for client, stream in self.clients.read(output):
                 wanted = client.plan.stop_after
                 if wanted and stream is client.streams[0] and stream.position >= wanted and stream.stopped_at < 0:
@@ -313,6 +317,9 @@ class Simulation:
             for end in output.ends:
                 self.seen["end_" + end.reason] += 1
                 self._forget(end.request_id)
+
+    def _take_outputs(self) -> list[ConnectionOutput]:
+        return self.core.outputs()
 
     def _confirm(self, connection: int, cancelled: list[tuple[int, str]]) -> None:
         for call_id, request_id in cancelled:

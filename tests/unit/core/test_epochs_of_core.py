@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from drumline.engine.core.wave import WaveState
@@ -73,8 +75,7 @@ def test_a_void_preemption_stands() -> None:
     driver.accept("old", 7, max_tokens=9)
     driver.accept("young", 7, max_tokens=9)
     while driver.core.counters()["preemptions"] == 0:
-        step = driver.plan()
-        if not step or driver.core.counters()["preemptions"]:
+        if not driver.plan() or driver.core.counters()["preemptions"]:
             continue
         driver.answer([5] * _sampling(driver))
     reopen(driver, 2, [], [0], [0])
@@ -230,7 +231,7 @@ def test_an_epoch_of_replicas_that_cannot_be_is_refused(serving: list[int], kept
 
 
 def test_without_chunked_prefill_a_restated_row_is_computed_whole() -> None:
-    settings = {"max_model_len": 16, "enable_chunked_prefill": False, "enable_prefix_caching": False}
+    settings: dict[str, Any] = {"max_model_len": 16, "enable_chunked_prefill": False, "enable_prefix_caching": False}
     driver = Driver(async_scheduling=True, **settings)
     driver.accept("a", 10)
     driver.accept("b", 10)

@@ -70,7 +70,7 @@ class Coordination:
     ) -> None:
         self.config = config
         self.term = config.membership.term
-        self.membership = Membership(config.membership, new_token, now)
+        self.membership = Membership(config.membership, new_token, now, unfinished=bool(restored))
         self.core: EngineCore | None = None
         self.faults = FaultBook()
         layout = config.layout

@@ -17,10 +17,10 @@ from drumline.protocol.messages import Exited, Fault
 
 
 class FirstStart:
-    """``over``: the engine was ready, or took over from one that was."""
+    """``over``: the engine was ready, or goes on with what an earlier one has begun."""
 
-    def __init__(self) -> None:
-        self.over = False
+    def __init__(self, over: bool = False) -> None:
+        self.over = over
         self._ending: ErrorInfo | None = None
         self.due_at: float | None = None
 

@@ -90,7 +90,8 @@ class Losses:
             outputs += self._epochs.fell(group, errors[0].text, now)
         for record in records:
             outputs += self._processes.replace(record, now)
-        return outputs + self.hopeless()
+        # Who is waited for may not come any more.
+        return outputs + self._epochs.consider(group, now) + self.hopeless()
 
     def _fault(
         self, record: RankRecord, kind: str, error: ErrorInfo, inside: bool, rows: tuple[int, ...] = ()
@@ -156,7 +157,7 @@ class Losses:
         for group in self._groups:
             records = [self._ranks[rank] for rank in group.ranks]
             looping = [record for record in records if record.crash_looping]
-            coming = any(not record.usable and not record.crash_looping for record in records)
+            coming = any(record.coming for record in records)
             if group.stage is not GroupStage.GATHERING or coming or not looping:
                 return []
             culprit = culprit or looping[0]

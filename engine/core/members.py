@@ -151,6 +151,11 @@ class RankRecord:
         return self.state in (RankState.DEAD, RankState.WEDGED)
 
     @property
+    def coming(self) -> bool:
+        """Whether it cannot be used yet, but may be soon."""
+        return not self.usable and not self.crash_looping
+
+    @property
     def usable(self) -> bool:
         """Whether it lives and has loaded, so that an epoch can be formed with it."""
         return self.has_weights and not self.lost

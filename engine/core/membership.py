@@ -48,9 +48,12 @@ GATHER_S = 2.0
 
 
 class Membership:
-    """The ranks of an engine and their life. ``new_token`` draws an unguessable launch token."""
+    """The ranks of an engine and their life. ``new_token`` draws an unguessable launch token. ``unfinished``: requests
+    of an earlier coordinator wait, so that a start is not given up for what may be better at the next try."""
 
-    def __init__(self, config: MembershipConfig, new_token: Callable[[], str], now: float) -> None:
+    def __init__(
+        self, config: MembershipConfig, new_token: Callable[[], str], now: float, unfinished: bool = False
+    ) -> None:
         self._config = config
         self._now = now
         self._ended = False
@@ -68,8 +71,9 @@ class Membership:
         self._processes = Processes(config, self.ranks, new_token, self.refusals)
         self._hellos = Hellos(config, self.groups, self.ranks, self._processes, self.refusals, self._misfit)
         self.epochs = Epochs(config, self.groups, self.ranks, self.refusals, self._may_begin)
+        self.epochs.starting = not unfinished
         self._losses = Losses(self.groups, self.ranks, self.epochs, self._processes)
-        self._first = FirstStart()
+        self._first = FirstStart(over=unfinished)
         self._heard = RankMessages(config, self.groups, self.refusals, self.epochs, self._losses, self._first)
         self._deadlines = Deadlines(config, self.groups, self.ranks, self._processes, self.refusals, now)
 
@@ -172,7 +176,9 @@ class Membership:
         if group.opened:
             return True
         if not self.took_over:
-            return False
+            return self._first.over and not any(
+                self.ranks[rank].coming and rank not in self._config.external_ranks for rank in group.ranks
+            )
         awaited = any(not self.ranks[rank].usable for rank in group.ranks if rank in self._hellos.adopted)
         return not awaited or self._now >= self._deadlines.gathers_until
 

@@ -117,7 +117,8 @@ class RankMessages:
         return self._losses.fault(record, message, now) if failed is None else failed
 
     def _loaded(self, record: RankRecord, message: Loaded, now: float) -> list[Output]:
-        if message.term != self._config.term:
+        # A process that has loaded while the next coordinator welcomed it has said so to the one before.
+        if message.term > self._config.term:
             self._refusals.stale += 1
             return []
         if record.state is not RankState.STARTING or record.has_weights:

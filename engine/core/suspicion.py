@@ -28,7 +28,8 @@ class Suspicion:
     def closed(self, group: int, epoch: int, suspects: tuple[str, ...]) -> None:
         """The group's ``epoch`` has ended with ``suspects`` in unacknowledged steps. One that only formed had none and
         changes nothing: a death that is told late was in the one before."""
-        if suspects:
+        known, _ = self._suspects.get(group, (-1, ()))
+        if suspects and known != epoch:
             self._suspects[group] = (epoch, suspects)
 
     def take(self) -> list[Tell]:

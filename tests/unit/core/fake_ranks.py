@@ -119,11 +119,11 @@ class FakeRanks:
     it has said since the last :meth:`forget`. Processes of ranks in ``slow`` do not load until :meth:`load` says so;
     ranks do not answer messages to which they are ``deaf``."""
 
-    def __init__(self, settings: MembershipConfig | None = None, first_pid: int = 1000) -> None:
+    def __init__(self, settings: MembershipConfig | None = None, unfinished: bool = False) -> None:
         self.config = settings or config()
         tokens = iter(f"token-{number}" for number in range(100_000))
         self.now = 0.0
-        self.membership = Membership(self.config, lambda: next(tokens), now=0.0)
+        self.membership = Membership(self.config, lambda: next(tokens), now=0.0, unfinished=unfinished)
         self.processes: dict[int, Process] = {}
         self.dead: list[Process] = []
         self.slow: set[int] = set()
@@ -131,7 +131,7 @@ class FakeRanks:
         self.out: list[Output] = []
         self.killed: list[int] = []
         self.kills_work = True
-        self._pid = first_pid
+        self._pid = 1000
 
     # ------------------------------------------------------------------------------------------------ driving
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import msgspec
+
 from drumline.engine.core.decisions import Ended, EpochReady, FaultSeen, ToPeer
 from drumline.engine.core.members import RankState
 from drumline.engine.core.membership import GATHER_S
@@ -126,3 +128,23 @@ def test_a_rank_of_a_newer_coordinator_is_left_to_it() -> None:
     hello_again(ranks, 0, term=6)
     assert ranks.out == []
     assert ranks.membership.refusals.stale == 1
+
+
+def test_a_start_with_requests_that_wait_is_not_given_up_and_goes_on_with_who_can() -> None:
+    ranks = FakeRanks(config(Layout(2, 1, 1, enable_expert_parallel=True), restart_limit=1), unfinished=True)
+    ranks.slow = {1}
+    ranks.start()
+    ranks.kill(1, signal=0, code=1)
+    assert not ranks.said(Ended)
+    assert not ranks.said(EpochReady)
+    ranks.kill(1, signal=0, code=1)
+    assert ranks.events("crash_loop")
+    assert ranks.said(EpochReady) == [EpochReady(0, 1, {0: 9}, (0,), ())]
+
+
+def test_a_rank_that_has_loaded_for_the_coordinator_before_has_loaded() -> None:
+    ranks = taking_over(0, 1, 2, 3, slow={3})
+    hello_again(ranks, 3, loaded=False)
+    told_before = msgspec.structs.replace(ranks.loaded(ranks.processes[3]), term=4)
+    assert ranks.say(3, told_before) != []
+    assert ranks.membership.ranks[3].state is RankState.PARKED

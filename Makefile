@@ -35,6 +35,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.unit.protocol.measure
 	$(BIN)/python -m tests.benchmarks.idle --data-parallel-size 2
 	$(BIN)/python -m tests.benchmarks.collectives
+	$(BIN)/python -m tests.benchmarks.journal
 
 soak: $(SOAKS)  ## each soak-* target for MINUTES
 

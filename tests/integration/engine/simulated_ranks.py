@@ -78,8 +78,8 @@ NOTHING_HELD: I32Matrix = np.zeros((0, 0), dtype=np.int32)
 
 class SimulatedRank:
     """Speaks a worker's side of the protocol: the reporting rank of a replica answers with tokens, the others
-    acknowledge. What it has computed it keeps from one epoch to the next. ``answer`` may be replaced to misbehave. ``steps`` counts those it has run,
-    ``sampled`` the tokens it has answered with."""
+    acknowledge. What it has computed it keeps from one epoch to the next. ``answer`` may be replaced to misbehave.
+    ``steps`` counts those it has run, ``sampled`` the tokens it has answered with."""
 
     def __init__(self, engine: SimulatedEngine, rank: int, token: str) -> None:
         self.engine = engine

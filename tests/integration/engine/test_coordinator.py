@@ -256,7 +256,7 @@ async def test_a_fault_while_serving_is_told_and_every_stream_goes_on(runtime_ro
     async with simulated(TWO, runtime_root) as engine:
         client = engine.client()
         welcome = await client.welcome()
-        handles = [int((await client.accepted(name, max_tokens=200)).handles[0]) for name in ("a", "b")]
+        handles = [int((await client.accepted(name, max_tokens=40)).handles[0]) for name in ("a", "b")]
         await client.read(Tokens)
         error = ErrorInfo(kind="internal", text="something odd", traceback="Traceback ...", step=3)
         engine.ranks[1].dealer.send(Fault(1, 1, 1, error))
@@ -265,13 +265,13 @@ async def test_a_fault_while_serving_is_told_and_every_stream_goes_on(runtime_ro
         assert fault.fault == "exception"
         recovered = await client.event("recovered")
         assert recovered.epoch == 2
-        expected = list(expected_output(list(PROMPT), SEED, 0, frozenset(), 0, 200, welcome.info.vocab_size).tokens)
+        expected = list(expected_output(list(PROMPT), SEED, 0, frozenset(), 0, 40, welcome.info.vocab_size).tokens)
         for handle in handles:
-            assert await read_stream(client, handle, 200) == expected
+            assert await read_stream(client, handle, 40) == expected
         status = await client.status()
         assert status.state == "ready"
         assert [(one.rank, one.kind, one.epoch) for one in status.faults] == [(1, "exception", 1)]
-        assert 0 <= status.faults[0].recovered_s < PATIENCE_S
+        assert 0 <= status.faults[0].recovered_s < 10.0
         assert (status.requests.failed, status.groups[0].epoch) == (0, 2)
 
 
@@ -291,7 +291,7 @@ async def test_a_killed_rank_is_replaced_and_its_requests_go_on(runtime_root: Pa
     async with simulated(TWO, runtime_root) as engine:
         client = engine.client()
         welcome = await client.welcome()
-        handles = [int((await client.accepted(name, max_tokens=400)).handles[0]) for name in ("a", "b", "c")]
+        handles = [int((await client.accepted(name, max_tokens=40)).handles[0]) for name in ("a", "b", "c")]
         await client.read(Tokens)
         before = engine.ranks[1].incarnation
         engine.kill(1)
@@ -301,9 +301,9 @@ async def test_a_killed_rank_is_replaced_and_its_requests_go_on(runtime_root: Pa
         joined = await client.event("joined")
         assert joined.rank == 1
         assert engine.ranks[1].incarnation != before
-        expected = list(expected_output(list(PROMPT), SEED, 0, frozenset(), 0, 400, welcome.info.vocab_size).tokens)
+        expected = list(expected_output(list(PROMPT), SEED, 0, frozenset(), 0, 40, welcome.info.vocab_size).tokens)
         for handle in handles:
-            assert await read_stream(client, handle, 400) == expected
+            assert await read_stream(client, handle, 40) == expected
         status = await client.status()
         assert [rank.state for rank in status.ranks] == ["ready", "ready"]
         assert [rank.restarts for rank in status.ranks] == [0, 1]
@@ -322,9 +322,9 @@ async def test_a_reply_that_cannot_be_right_is_the_loss_of_the_rank(runtime_root
         fault = await client.event("fault")
         assert (fault.rank, fault.fault) == (0, "protocol")
         assert "impossible reply" in fault.text
-        assert any(isinstance(message, Kill) and message.rank == 0 for message in engine.told)
         expected = list(expected_output(list(PROMPT), SEED, 0, frozenset(), 0, 8, welcome.info.vocab_size).tokens)
         assert await read_stream(client, int(accepted.handles[0]), 8) == expected
+        assert any(isinstance(message, Kill) and message.rank == 0 for message in engine.told)
 
 
 async def test_replies_to_steps_that_were_never_sent_are_dropped_and_counted(runtime_root: Path) -> None:
@@ -384,8 +384,8 @@ async def test_a_rank_that_hangs_is_told_from_the_one_that_waits_for_it(runtime_
         fault = await client.event("fault")
         assert (fault.rank, fault.fault) == (1, "wedged")
         assert "furthest behind in step" in fault.text
-        assert any(isinstance(message, Kill) and message.rank == 1 for message in engine.told)
         await client.read(Finished)
+        assert any(isinstance(message, Kill) and message.rank == 1 for message in engine.told)
 
 
 async def hang(engine: SimulatedEngine, waiting: int, hanging: int) -> None:

@@ -142,7 +142,7 @@ async def test_steps_go_on_when_the_reporting_rank_has_answered_and_a_rank_that_
         assert "furthest behind" in fault.text
         await client.read(Finished)
         # The siblings of a replaced rank are kept and go on with it.
-        assert engine.ranks[REPORTS].steps > before + 30
+        assert engine.ranks[REPORTS].steps >= before + 30
         assert [rank.restarts for rank in (await client.status()).ranks] == [0, 1, 0, 0]
 
 

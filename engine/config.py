@@ -130,8 +130,9 @@ class EngineConfig(Settings, frozen=True):
 
     ``tokenizer``: a folder or a tokenizer.json, when it is not the model's own. ``max_model_len``: None takes the
     model's own. ``dtype``: "auto" is the checkpoint's, float32 for one in float16. ``journal``: None keeps
-    it in the engine's private folder, "off" keeps none, else the path of the file. ``endpoint``: None, the sockets lie in a private folder of the engine. ``inline`` runs the coordinator in the app's
-    event loop, not in a process of its own. ``fault_injection``: ranks obey injected faults
+    it in the engine's private folder, "off" keeps none, else the path of the file. ``endpoint``: None, the sockets lie
+    in a private folder of the engine. ``inline`` runs the coordinator in the app's event loop, not in a process of its
+    own. ``fault_injection``: ranks obey injected faults
     (:mod:`drumline.engine.testing`).
     """
 

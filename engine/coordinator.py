@@ -1,5 +1,5 @@
-"""The coordinator: sockets in, decisions, sockets out. A process of its own (:mod:`~drumline.engine.launch.coordinator`),
-or inline in an app's loop (:mod:`~drumline.engine.launch.inline`).
+"""The coordinator: sockets in, decisions, sockets out. A process of its own, or inline in an app's loop
+(:mod:`~drumline.engine.launch.coordinator`, :mod:`~drumline.engine.launch.inline`).
 
 Decisions are :mod:`~drumline.engine.core.coordination`'s; this shell owns the sockets, the clock, the journal and the
 tasks. Every task is supervised: one that dies ends the engine with a typed error that clients and the supervisor are

@@ -19,8 +19,8 @@ OFF = "off"
 
 
 class Keeping:
-    """``restored``: the requests that an earlier coordinator had accepted and not ended for good. ``knows_all``: whether
-    that is all there are: not without a journal, or after one that missed something.
+    """``restored``: the requests that an earlier coordinator had accepted and not ended for good. ``knows_all``:
+    whether that is all there are: not without a journal, or after one that missed something.
 
     ``on_state`` is told in the loop when the journal's state changes (on, degraded), ``on_superseded`` when another
     coordinator has taken over. Raises InvalidConfig for a journal that cannot be kept.

@@ -1,4 +1,4 @@
-"""What happens on purpose to messages between the coordinator and its ranks: some are lost, late, doubled or damaged."""
+"""What happens on purpose to messages between coordinator and ranks: some are lost, late, doubled or damaged."""
 
 from __future__ import annotations
 

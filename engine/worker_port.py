@@ -37,9 +37,9 @@ take many times its size in memory."""
 
 
 class WorkerPort:
-    """Workers and supervisor of one engine. ``read_clock`` gives the time of the coordinator's running clock;
-    ``changed(now, serve)`` is called after every message that was received, ``serve``: clients should be served, ``launch`` is how ranks are started that are not
-    started here."""
+    """Workers and supervisor of one engine. ``read_clock`` gives the time of the coordinator's running clock.
+    ``changed(now, serve)`` is called after every message that was received; ``serve``: clients should be served.
+    ``launch`` is how ranks are started that are not started here."""
 
     def __init__(
         self,

@@ -165,7 +165,7 @@ class WorkerConfig(Part, frozen=True):
 class Injection(Part, frozen=True):
     """A fault that a rank brings upon itself, once, when it comes to ``point``. Obeyed with ``fault_injection`` only.
 
-    ``kind``: kill (SIGKILL to itself), stop (SIGSTOP for ``seconds``, or for good at 0), exit (with status 1), raise (an
+    ``kind``: kill (SIGKILL to itself), stop (SIGSTOP; somebody else wakes it), exit (with status 1), segv, raise (an
     exception), nan (the logits of the first row), hang (the main thread, for good), slow (every step from then on takes
     ``factor`` times as long, for ``seconds``). ``point``: now, loading, leave (coming out of the old epoch), regroup
     (while an epoch forms), joining (the same, in the first epoch of a process), idle, step, prefill, decode. ``step``:
@@ -459,10 +459,10 @@ class HelloClient(Message, frozen=True, tag=40):
 class Submit(Message, frozen=True, tag=41):
     """``prompt``: int32 (length,). ``sampling.stop_token_ids`` holds only the user's; the coordinator adds EOS.
 
-    ``seed_given`` false: the coordinator draws one. ``n`` sequences are made, with index 0 to n - 1. ``nonce``: drawn by
-    the client library for this submission; the same again is the same request, and is answered again. ``durable``: the
-    request outlives its connection for the resume window. ``client_params`` is the client library's own, handed back
-    by Resumed.
+    ``seed_given`` false: the coordinator draws one. ``n`` sequences are made, with index 0 to n - 1. ``nonce``: drawn
+    by the client library for this submission; the same again is the same request, and is answered again. ``durable``:
+    the request outlives its connection for the resume window. ``client_params`` is the client library's own, handed
+    back by Resumed.
     """
 
     call_id: int

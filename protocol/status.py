@@ -101,10 +101,11 @@ class FaultStatus(Shown, frozen=True, gc=False):
 
 
 class EngineStatus(Shown, frozen=True, gc=False):
-    """``state``: starting, ready, recovering (no replica serves, requests wait), closing or failed. ``counters`` holds every count by name: scheduling (steps,
-    preemptions, ...), sockets (``client_frames_malformed``, ...) and stale or foreign messages. ``journal``: "on", "off" or
-    "degraded". ``faults``: the last 64, oldest first. ``waiting_for``: what requests wait for while none is served.
-    ``kv_blocks``: of the replica with fewest, which bounds what every request may need; 0 until it is ready."""
+    """``state``: starting, ready, recovering (no replica serves, requests wait), closing or failed. ``counters`` holds
+    every count by name: scheduling (steps, preemptions, ...), sockets (``client_frames_malformed``, ...), stale or
+    foreign messages, faults by kind. ``journal``: on, off or degraded. ``kv_blocks``: of the replica with fewest, which
+    bounds what every request may need; 0 until it is ready. ``faults``: the last 64, oldest first. ``waiting_for``:
+    what requests wait for while none is served."""
 
     state: str
     term: int

@@ -110,12 +110,6 @@ class ModelRunner:
         stages; (0, 0) where every rank has all experts. True at any time after :meth:`load`, however a refit ended."""
         return self.experts.held()
 
-    def transfer_ranks(
-        self, epoch: EpochPlace, placement: I32Matrix, slots: I32, fetches: I32Matrix
-    ) -> tuple[int, ...]:
-        """The ranks that give each other experts in a :meth:`refit`; see :meth:`RankExperts.transfer_ranks`."""
-        return self.experts.transfer_ranks(epoch, placement, slots, fetches)
-
     def refit(
         self,
         epoch: EpochPlace,

@@ -37,11 +37,6 @@ class Move:
     source: int
     source_slot: int
 
-    @property
-    def travels(self) -> bool:
-        """Whether it goes from one rank to another."""
-        return self.source not in (CHECKPOINT, self.target)
-
 
 def read_moves(
     epoch: EpochPlace, maps: PlacementMaps, layer_stage: Sequence[int], fetches: I32Matrix
@@ -70,11 +65,6 @@ def read_moves(
         expert = int(maps.physical_to_logical[number, physical])
         moves.append(Move(number, target, slot, expert, source, source_slot))
     return tuple(moves)
-
-
-def transfer_ranks(moves: Sequence[Move]) -> tuple[int, ...]:
-    """The ranks that send experts or receive them, ascending."""
-    return tuple(sorted({rank for move in moves if move.travels for rank in (move.source, move.target)}))
 
 
 def check_moves(layer: ExpertLayer, moves: Sequence[Move], me: int, wanted: I32 | None) -> None:

@@ -18,7 +18,7 @@ from drumline.protocol.shards import RankShards, layer_split, rank_shards
 from drumline.workers.collectives import Group
 from drumline.workers.epoch_place import EpochPlace
 from drumline.workers.experts.expert_layer import EMPTY, ExpertLayer, loads
-from drumline.workers.experts.moves import CHECKPOINT, Move, bring, check_moves, read_moves, transfer_ranks
+from drumline.workers.experts.moves import CHECKPOINT, Move, bring, check_moves, read_moves
 from drumline.workers.experts.reading import ExpertReader
 from drumline.workers.layers import MoeLayer, RoutingView
 from drumline.workers.models import ModelBuild
@@ -87,13 +87,6 @@ class RankExperts:
             held[layer.number, : layer.num_slots] = layer.held
         return held
 
-    def transfer_ranks(
-        self, epoch: EpochPlace, placement: I32Matrix, slots: I32, fetches: I32Matrix
-    ) -> tuple[int, ...]:
-        """The ranks of the whole world, ascending, that send experts to each other or receive them; the same on every
-        rank. Errors: those of :meth:`refit` that come before anything is changed."""
-        return transfer_ranks(self._moves(epoch, self._maps(epoch, placement, slots), fetches))
-
     def refit(
         self,
         epoch: EpochPlace,
@@ -105,7 +98,7 @@ class RankExperts:
     ) -> None:
         """Bring the experts of ``epoch`` into place and route by them; arguments as in Configure.
 
-        ``transfer``: the group of :meth:`transfer_ranks`, where this rank is one of them. ``check`` is called between
+        ``transfer``: the group of the ranks that give each other experts, where this rank is one of them. ``check`` is called between
         experts, and what it raises ends the refit. Raises, before anything is changed, InvalidConfig for a placement
         that cannot be and ProtocolError for one that nothing brings about; later InvalidConfig for a checkpoint that
         cannot be read, and EpochAborted, PeerLost, GroupTimeout.

@@ -1,11 +1,12 @@
 """Which logical expert each physical slot holds, and the maps that follow from it. numpy only.
 
 A placement is int32 (moe_layers, physical slots); slots are numbered rank by rank, each rank's own contiguous, as many
-as :func:`~drumline.protocol.layout.slots_per_rank` gives it.
+as :func:`~drumline.protocol.layout.slots_per_rank` gives it, or as is said beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import msgspec
@@ -51,19 +52,23 @@ class PlacementMaps(msgspec.Struct, frozen=True, eq=False):
     rank_offsets: I32
 
     @classmethod
-    def build(cls, physical_to_logical: I32, num_experts: int, ep_size: int) -> PlacementMaps:
-        """Check a placement and derive its maps.
+    def build(
+        cls, physical_to_logical: I32, num_experts: int, ep_size: int, slots: Sequence[int] | I32 = ()
+    ) -> PlacementMaps:
+        """Check a placement and derive its maps. ``slots``: how many each ep rank has; none: shared out evenly.
 
-        Raises InvalidConfig when an entry is not an expert or a layer lacks one, naming layer and expert.
+        Raises InvalidConfig when an entry is not an expert or a layer lacks one, naming layer and expert, and when
+        ``slots`` do not add up.
         """
         placement = np.asarray(physical_to_logical)
         if placement.ndim != 2 or not np.issubdtype(placement.dtype, np.integer):
             raise InvalidConfig("placement", f"{placement.dtype} {placement.shape}", "int32 (moe layers, slots)")
         _check_experts(placement, num_experts)
         placement = placement.astype(np.int32)
-        layers, slots = placement.shape
+        layers, num_slots = placement.shape
+        share = _check_slots(num_slots, ep_size, slots)
         counts = np.zeros((layers, num_experts), dtype=np.int32)
-        layer_index = np.repeat(np.arange(layers), slots)
+        layer_index = np.repeat(np.arange(layers), num_slots)
         np.add.at(counts, (layer_index, placement.ravel()), 1)
         if counts.size and counts.min() == 0:
             layer, expert = np.argwhere(counts == 0)[0]
@@ -73,11 +78,10 @@ class PlacementMaps(msgspec.Struct, frozen=True, eq=False):
         order = np.argsort(placement, axis=1, kind="stable")
         experts = np.take_along_axis(placement, order, axis=1)
         first = np.cumsum(counts, axis=1) - counts
-        copy = np.arange(slots)[None, :] - np.take_along_axis(first, experts, axis=1) if slots else order
+        copy = np.arange(num_slots)[None, :] - np.take_along_axis(first, experts, axis=1) if num_slots else order
         logical = np.full((layers, num_experts, int(counts.max(initial=1))), -1, dtype=np.int32)
         logical[layer_index, experts.ravel(), copy.ravel()] = order.ravel()
 
-        share = np.array(slots_per_rank(slots, ep_size), dtype=np.int32)
         offsets = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(share, dtype=np.int32)])
         slot_rank = np.repeat(np.arange(ep_size, dtype=np.int32), share)
         maps = cls(placement, logical, counts, slot_rank, offsets)
@@ -93,6 +97,16 @@ class PlacementMaps(msgspec.Struct, frozen=True, eq=False):
     def local_slots(self, ep_rank: int) -> range:
         """The physical slots that ``ep_rank`` owns."""
         return range(int(self.rank_offsets[ep_rank]), int(self.rank_offsets[ep_rank + 1]))
+
+
+def _check_slots(num_slots: int, ep_size: int, slots: Sequence[int] | I32) -> I32:
+    """How many slots each ep rank has, int32 (ep_size,)."""
+    if not len(slots):
+        return np.array(slots_per_rank(num_slots, ep_size), dtype=np.int32)
+    share = np.array(slots, dtype=np.int32)
+    if len(share) != ep_size or share.min() < 0 or int(share.sum()) != num_slots:
+        raise InvalidConfig("slots", share.tolist(), f"{ep_size} numbers from 0 that add up to {num_slots}")
+    return share
 
 
 def _check_experts(placement: np.ndarray[Any, np.dtype[Any]], num_experts: int) -> None:

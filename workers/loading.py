@@ -84,6 +84,12 @@ def load_weights(plan: LoadPlan, index: CheckpointIndex, progress: Progress | No
     that the model does not know, that have another shape, or whose file changed since the index was opened.
     """
     _refuse_unknown(plan, index)
+    return read_planned(plan, index, progress)
+
+
+def read_planned(plan: LoadPlan, index: CheckpointIndex, progress: Progress | None = None) -> int:
+    """As :func:`load_weights`, for a part of a model whose checkpoint has been loaded from before: what else is in it
+    is not looked at."""
     entries = sorted((index[name] for name in plan.targets), key=lambda entry: (entry.path, entry.start))
     for entry in entries:
         _check(entry, plan.targets[entry.name])

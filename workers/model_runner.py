@@ -3,64 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from drumline.protocol.checkpoint import CheckpointIndex
-from drumline.protocol.errors import DrumlineError, ErrorInfo, InvalidConfig, ProtocolError
+from drumline.protocol.errors import InvalidConfig, ProtocolError
 from drumline.protocol.layout import Layout
-from drumline.protocol.messages import I32, LogprobEntry, Step, WorkerConfig
+from drumline.protocol.messages import I32, I32Matrix, Step, WorkerConfig
 from drumline.protocol.modelspec import ModelSpec
-from drumline.protocol.placement import PlacementMaps
 from drumline.protocol.shards import rank_shards
 from drumline.workers.attention_plan import plan_attention
 from drumline.workers.batch import BatchTable, StepRows
+from drumline.workers.collectives import Group
 from drumline.workers.epoch_groups import StepGroups
-from drumline.workers.kv_cache import KVCache, block_bytes, choose_num_blocks, kv_dtype
+from drumline.workers.epoch_place import EpochPlace
+from drumline.workers.experts.rank_experts import RankExperts
+from drumline.workers.kv_cache import KVCache, block_bytes, choose_num_blocks, free_memory, kv_dtype
 from drumline.workers.loading import load_weights, resolve_dtype
 from drumline.workers.models import Decoder, ModelBuild, StepContext
 from drumline.workers.pipeline import Pipeline
 from drumline.workers.sampler import sample
+from drumline.workers.step_output import NO_OUTPUT, NumericFault, StepOutput
 from drumline.workers.step_tokens import ReplicaPlace, StepTokens
 
 __all__ = ["ModelRunner", "NumericFault", "StepOutput"]
-
-_NO_TOKENS = np.zeros(0, dtype=np.int32)
-
-
-class NumericFault(DrumlineError):
-    """NaN or infinity where a model's output should be. ``rows`` are the batch rows that it came from."""
-
-    kind = "numeric"
-
-    def __init__(self, rows: Sequence[int], what: str) -> None:
-        shown = ", ".join(str(row) for row in rows)
-        text = f"{what} are NaN or infinite in rows {shown}"
-        super().__init__(text, ErrorInfo(kind=self.kind, text=text, field="rows", found=shown, valid="finite numbers"))
-        self.rows = tuple(rows)
-
-
-@dataclass(slots=True, frozen=True)
-class StepOutput:
-    """``tokens``: int32, of the rows that sampled, by ascending row. ``logprob_index``: int32, which of them asked for
-    log probabilities; ``logprobs``: theirs."""
-
-    tokens: I32
-    logprob_index: I32
-    logprobs: tuple[LogprobEntry, ...] = ()
-
-
-_EMPTY = StepOutput(_NO_TOKENS, _NO_TOKENS)
 
 
 class ModelRunner:
     """The part of a model that one rank holds, its KV cache and its batch table.
 
-    Call :meth:`load` once, :meth:`init_kv_cache` once, then :meth:`reset` at each epoch, :meth:`meet` with the epoch's
-    groups, and :meth:`execute` for each step. Not thread-safe: one thread runs it.
+    Call :meth:`load` once, :meth:`init_kv_cache` once, then at each epoch :meth:`reset`, :meth:`refit` and :meth:`meet`
+    with the epoch's groups, and :meth:`execute` for each step. ``layout`` is that of the whole world and ``rank`` this
+    one's place there; ``place``, ``num_replicas`` and ``shards`` are those of the epoch. Not thread-safe: one thread
+    runs it.
     """
 
     def __init__(self, config: WorkerConfig, spec: ModelSpec, device: torch.device, layout: Layout, rank: int):
@@ -76,32 +53,39 @@ class ModelRunner:
         self._cache: KVCache | None = None
         self._batch: BatchTable | None = None
         self._pipeline: Pipeline | None = None
+        self._experts: RankExperts | None = None
+        self._in_place = False
+        self._spoil = False
         self._dtype = torch.float32
-        self.expert_load = torch.zeros(0, 0, dtype=torch.int64, device=device)
 
     # ---------------------------------------------------------------------------------------------------------- start
 
-    def load(self, placement: I32, progress: Callable[[int, int], None] | None = None) -> int:
-        """Load what this rank holds of the model; ``placement`` int32 (MoE layers, slots), (0, 0) for a dense one.
+    def load(self, experts: I32Matrix, progress: Callable[[int, int], None] | None = None) -> int:
+        """Load what this rank holds of the model. ``experts``: int32 (MoE layers, slots), the expert in each of its own
+        slots, or (0, 0) where every rank has all experts.
 
         Returns the bytes that were read. ``progress(done, total)`` is called in bytes. Raises InvalidConfig.
         """
         index = CheckpointIndex.open(self.config.model)
         self._dtype = resolve_dtype(self.config.dtype, index)
-        maps = PlacementMaps.build(placement, self.spec.num_experts, self.layout.ep_size)
-        if len(maps.physical_to_logical) != len(self.spec.moe_layers):
-            found = f"{len(maps.physical_to_logical)} layers"
-            raise InvalidConfig("placement", found, f"{len(self.spec.moe_layers)}, one per MoE layer of the model")
+        self._check_experts(experts)
         length = self.config.max_model_len
-        model = Decoder(ModelBuild(self.spec, self.layout, self.rank, maps, length, self._dtype, self.device))
+        build = ModelBuild(self.spec, self.layout, self.rank, experts, length, self._dtype, self.device)
+        model = Decoder(build)
         num_bytes = load_weights(model.plan, index, progress)
         model.finish_loading()
-        slots = len(maps.local_slots(self.shards.ep_rank))
-        self.expert_load = torch.zeros(len(model.moe_layers), slots, dtype=torch.int64, device=self.device)
-        for layer, load in zip(model.moe_layers, self.expert_load, strict=True):
-            layer.experts.load = load
+        self._experts = RankExperts.loaded(build, model.moe_layers, index)
         self._model = model
         return num_bytes
+
+    def _check_experts(self, experts: I32Matrix) -> None:
+        layers = len(self.spec.moe_layers) if self.spec.is_moe and self.layout.enable_expert_parallel else 0
+        if len(experts) != layers:
+            valid = f"{layers}, one per MoE layer of the model" if layers else "none, where every rank has all experts"
+            raise InvalidConfig("experts", f"{len(experts)} layers", valid)
+        if experts.size and not 0 <= experts.min() <= experts.max() < self.spec.num_experts:
+            found = f"experts {experts.min()} to {experts.max()}"
+            raise InvalidConfig("experts", found, f"0 to {self.spec.num_experts - 1}")
 
     def init_kv_cache(self) -> tuple[int, int]:
         """Allocate the KV cache; returns (blocks, bytes per block). Raises InvalidConfig, saying what would fit."""
@@ -118,6 +102,36 @@ class ModelRunner:
             self.device,
         )
         return num_blocks, block_bytes(spec, shards, config.block_size, dtype)
+
+    # --------------------------------------------------------------------------------------------------------- epochs
+
+    def held(self) -> I32Matrix:
+        """int32 (moe_layers, slots): the expert that stands in each slot now, -1 for none and in layers of other
+        stages; (0, 0) where every rank has all experts. True at any time after :meth:`load`, however a refit ended."""
+        return self.experts.held()
+
+    def refit(
+        self,
+        epoch: EpochPlace,
+        placement: I32Matrix,
+        slots: I32,
+        fetches: I32Matrix,
+        transfer: Group | None,
+        check: Callable[[], None],
+    ) -> None:
+        """Take this rank's place in ``epoch``, with the experts that it wants there; see :meth:`RankExperts.refit`.
+
+        Steps are refused from here until it has succeeded, and on a parked rank.
+        """
+        self._in_place = False
+        self.experts.refit(epoch, placement, slots, fetches, transfer, check)
+        if epoch.parked:
+            return
+        layout, lockstep = epoch.layout, self.spec.is_moe
+        self.place = ReplicaPlace.of(layout, epoch.rank, lockstep=lockstep)
+        self.num_replicas = layout.num_replicas if lockstep else layout.attention_data_parallel_size
+        self.shards = rank_shards(layout, self.spec, epoch.rank)
+        self._in_place = True
 
     def meet(self, groups: StepGroups) -> None:
         """Compute with the ranks of ``groups`` from the next step on."""
@@ -137,7 +151,23 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drop weights and cache."""
-        self._model = self._cache = self._batch = None
+        self._model = self._experts = self._cache = self._batch = None
+
+    def free_bytes(self) -> int:
+        """Bytes that are left on the device for more experts; on CPU those of the host, or of the process's cgroup."""
+        return free_memory(self.device)
+
+    @property
+    def experts(self) -> RankExperts:
+        """The routed experts; none in a dense model. Raises ProtocolError as :attr:`model` does."""
+        if self._experts is None:
+            raise ProtocolError("the model is not loaded")
+        return self._experts
+
+    @property
+    def expert_load(self) -> Tensor:
+        """Tokens that each expert slot has computed since its expert came, int64 (MoE layers of the stage, slots)."""
+        return self.experts.load
 
     @property
     def model(self) -> Decoder:
@@ -162,6 +192,11 @@ class ModelRunner:
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
+    def spoil_next_logits(self) -> None:
+        """For fault injection: in the next step that samples, what this rank computes for the first row that samples is
+        NaN: its logits, or, from a stage without any, the hidden states that go on."""
+        self._spoil = True
+
     @torch.inference_mode()
     def execute(self, step: Step) -> StepOutput:
         """Run one step.
@@ -169,15 +204,20 @@ class ModelRunner:
         Raises ProtocolError, before any collective, when the step does not fit the table or its own header, and
         NumericFault when the model's output is not finite. After either the table is stale until :meth:`reset`.
         """
+        if not self._in_place:
+            raise ProtocolError(f"step {step.step} found a rank that has no place in an epoch")
         plan = self.batch.apply(step)
         counts = self._check_header(step, plan)
         tokens = StepTokens.of(counts, self.place)
         if not plan.num_tokens:
             if sum(counts):
                 self.model.dummy_step(tokens)
-            return _EMPTY
+            return NO_OUTPUT
         hidden = self._forward(plan, tokens, step.lane)
         pipeline, samples = self._pipeline, len(plan.sampling) > 0
+        if samples and self._spoil:
+            self._spoil = False
+            hidden[plan.last_tokens[0]] = float("nan")
         if pipeline is not None and not pipeline.is_last:
             pipeline.send_hidden(hidden)
             if pipeline.is_first and samples:
@@ -185,7 +225,7 @@ class ModelRunner:
         elif samples:
             return self._sample(plan, hidden)
         self.batch.advance(plan, None)
-        return _EMPTY
+        return NO_OUTPUT
 
     def _check_header(self, step: Step, plan: StepRows) -> list[int]:
         """The token counts of all replicas, once they agree with the table."""
@@ -235,7 +275,7 @@ class ModelRunner:
         if not plan.each_token_samples:
             hidden = hidden.index_select(0, batch.on_device(plan.last_tokens))
         logits = self.model.logits(hidden)
-        output = _EMPTY
+        output = NO_OUTPUT
         if logits is not None:
             tokens, output = self._sample_from(logits, plan)
         else:

@@ -18,10 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drumline.protocol.messages import Admit, LogprobEntry, SamplingSpec, Step, WorkerConfig
+from drumline.protocol.messages import (
+    NO_FETCHES,
+    NO_NUMBERS,
+    Admit,
+    I32Matrix,
+    LogprobEntry,
+    SamplingSpec,
+    Step,
+    WorkerConfig,
+)
 from drumline.protocol.modelspec import ModelSpec
-from drumline.protocol.placement import initial_placement
+from drumline.protocol.placement import PlacementMaps, initial_placement
 from drumline.workers.epoch_groups import StepGroups
+from drumline.workers.epoch_place import EpochPlace
 from drumline.workers.model_runner import ModelRunner, StepOutput
 
 STEP_DEADLINE_S = 30.0
@@ -49,14 +59,24 @@ def loaded_runner(config: WorkerConfig, rank: int = 0, *, groups: StepGroups | N
     spec = ModelSpec.from_folder(config.model)
     layout = config.layout
     runner = ModelRunner(config, spec, torch.device("cpu"), layout, rank)
-    strategy = config.expert_placement_strategy
-    runner.load(
-        initial_placement(len(spec.moe_layers), spec.num_experts, layout.ep_size if spec.is_moe else 1, strategy)
-    )
+    placement, own = first_experts(config, spec, rank)
+    runner.load(own)
     runner.init_kv_cache()
+    everyone = EpochPlace.of(layout, range(layout.num_ranks), rank)
+    runner.refit(everyone, placement, NO_NUMBERS, NO_FETCHES, None, lambda: None)
     if groups is not None:
         runner.meet(groups)
     return runner
+
+
+def first_experts(config: WorkerConfig, spec: ModelSpec, rank: int) -> tuple[I32Matrix, I32Matrix]:
+    """The placement that an engine starts with, and what ``rank`` loads of it."""
+    layout, ep_size = config.layout, config.layout.ep_size if spec.is_moe else 1
+    placement = initial_placement(len(spec.moe_layers), spec.num_experts, ep_size, config.expert_placement_strategy)
+    if not layout.enable_expert_parallel:
+        return placement, np.zeros((0, 0), dtype=np.int32)
+    own = PlacementMaps.build(placement, spec.num_experts, ep_size).local_slots(layout.ep_rank(rank))
+    return placement, placement[:, own.start : own.stop]
 
 
 @dataclass

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from drumline.protocol.placement import PlacementMaps
 from drumline.workers.collectives import Group
 from drumline.workers.layers.experts import LocalExperts, sum_top_k
 from drumline.workers.layers.parallel import ModelGroups, ParallelMlp, gather_shares
@@ -70,6 +71,23 @@ class RoutingView:
     first_slot: int
     end_slot: int
 
+    @classmethod
+    def nowhere(cls, device: torch.device) -> RoutingView:
+        """That of a layer that belongs to no epoch."""
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return cls(nothing, nothing, 0, 0)
+
+    @classmethod
+    def of(cls, maps: PlacementMaps, moe_layer: int, ep_rank: int, device: torch.device) -> RoutingView:
+        """The part of MoE layer number ``moe_layer``, as rank ``ep_rank`` sees it."""
+        slots = maps.local_slots(ep_rank)
+        return cls(
+            slot_of_expert=torch.tensor(maps.logical_to_physical[moe_layer, :, 0].tolist(), device=device),
+            owner_of_slot=torch.tensor(maps.slot_rank.tolist(), device=device),
+            first_slot=slots.start,
+            end_slot=slots.stop,
+        )
+
     @property
     def all_here(self) -> bool:
         """Whether this rank owns every slot."""
@@ -79,7 +97,8 @@ class RoutingView:
 class MoeLayer:
     """Gate and local experts of one layer, ``shared`` experts that compute every token, if there are any.
 
-    ``sharded``: each rank has channels of every expert, not whole experts.
+    ``sharded``: each rank has channels of every expert, not whole experts. What changes from epoch to epoch is
+    replaced: ``experts``, ``routing``, ``exchange`` and ``sharded``.
     """
 
     def __init__(
@@ -98,7 +117,7 @@ class MoeLayer:
         self.shared = shared
         self.exchange: ExpertExchange = LocalExchange()
         self._groups = groups
-        self._sharded = sharded
+        self.sharded = sharded
 
     def pack(self) -> None:
         """See :meth:`Linear.pack`."""
@@ -107,7 +126,7 @@ class MoeLayer:
 
     def __call__(self, x: Tensor, tokens: StepTokens) -> Tensor:
         """(own tokens, hidden) to the same. A replica without tokens calls it too."""
-        routed = self._sharded_experts(x, tokens) if self._sharded else self._whole_experts(x, tokens)
+        routed = self._sharded_experts(x, tokens) if self.sharded else self._whole_experts(x, tokens)
         return routed if self.shared is None else routed + self.shared(x, tokens)
 
     def _whole_experts(self, x: Tensor, tokens: StepTokens) -> Tensor:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from drumline.protocol.layout import Layout
+from drumline.protocol.messages import I32Matrix
 from drumline.protocol.modelspec import ModelSpec
-from drumline.protocol.placement import PlacementMaps
 from drumline.protocol.shards import RankShards, rank_shards, split
-from drumline.protocol.weights import EXPERT, ModelWeights
-from drumline.workers.layers import ModelGroups, RoutingView
+from drumline.protocol.weights import ModelWeights
+from drumline.workers.layers import ModelGroups
 from drumline.workers.loading import LoadPlan
 
 _DTYPES = {"float32": torch.float32}
@@ -20,12 +20,13 @@ _DTYPES = {"float32": torch.float32}
 
 @dataclass(slots=True)
 class ModelBuild:
-    """What of ``spec`` the rank holds. ``maps`` is the placement of the experts (0 layers when dense)."""
+    """What of ``spec`` the rank holds. ``experts``: int32 (MoE layers, slots), the expert of each of its own slots, or
+    (0, 0) for all experts of every layer."""
 
     spec: ModelSpec
     layout: Layout
     rank: int
-    maps: PlacementMaps
+    experts: I32Matrix
     max_model_len: int
     dtype: torch.dtype
     device: torch.device
@@ -73,10 +74,9 @@ class ModelBuild:
             start += shape[0]
         return whole
 
-    def fill(self, name: str, target: Tensor, expert: int | None = None) -> None:
-        """Fill ``target`` with this rank's piece of weight ``name`` (of ``expert``, where each has one)."""
-        piece = self.weights.piece(name, self.shards)
-        self.plan.add(name if expert is None else name.replace(EXPERT, str(expert)), target, piece)
+    def fill(self, name: str, target: Tensor) -> None:
+        """Fill ``target`` with this rank's piece of weight ``name``."""
+        self.plan.add(name, target, self.weights.piece(name, self.shards))
 
     @property
     def vocab_widths(self) -> list[int]:
@@ -85,20 +85,11 @@ class ModelBuild:
         spans = [split(self.spec.vocab_size, parts, part) for part in range(parts)]
         return [end - start for start, end in spans]
 
-    def routing(self, moe_layer: int) -> RoutingView:
-        """The view that MoE layer number ``moe_layer`` (counted among MoE layers) reads."""
-        slots = self.maps.local_slots(self.shards.ep_rank)
-        return RoutingView(
-            slot_of_expert=torch.tensor(self.maps.logical_to_physical[moe_layer, :, 0].tolist(), device=self.device),
-            owner_of_slot=torch.tensor(self.maps.slot_rank.tolist(), device=self.device),
-            first_slot=slots.start,
-            end_slot=slots.stop,
-        )
-
     def local_experts(self, moe_layer: int) -> list[int]:
-        """The logical expert of each slot of this rank, in slot order."""
-        slots = self.maps.local_slots(self.shards.ep_rank)
-        return [int(expert) for expert in self.maps.physical_to_logical[moe_layer, slots.start : slots.stop]]
+        """The logical expert of each slot of this rank in MoE layer number ``moe_layer``, in slot order."""
+        if not len(self.experts):
+            return list(range(self.spec.num_experts))
+        return [int(expert) for expert in self.experts[moe_layer]]
 
     @property
     def num_kv_heads(self) -> int:

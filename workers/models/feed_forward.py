@@ -5,8 +5,18 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from drumline.protocol.modelspec import MoeSpec
-from drumline.protocol.weights import EXPERT, expert_names
-from drumline.workers.layers import Gate, GatedMlp, GroupedGate, LocalExperts, MoeLayer, ParallelMlp, SoftmaxGate
+from drumline.protocol.weights import expert_names
+from drumline.workers.experts.reading import plan_expert
+from drumline.workers.layers import (
+    Gate,
+    GatedMlp,
+    GroupedGate,
+    LocalExperts,
+    MoeLayer,
+    ParallelMlp,
+    RoutingView,
+    SoftmaxGate,
+)
 from drumline.workers.models.build import ModelBuild
 
 Mlp: TypeAlias = ParallelMlp | MoeLayer
@@ -27,26 +37,22 @@ def dense(build: ModelBuild, prefix: str) -> ParallelMlp:
 
 
 def mixture(build: ModelBuild, moe: MoeSpec, layer: int) -> MoeLayer:
-    """The gate and the experts, or the channels of all experts, that this rank holds of ``layer``."""
-    names = expert_names(build.spec)
-    block = f"model.layers.{layer}.{names.block}"
-    place = moe.layers.index(layer)
-    held = build.local_experts(place)
+    """The gate and the experts, or the channels of all experts, that this rank holds of ``layer``. Where tokens go
+    from there is for an epoch to say."""
+    block = f"model.layers.{layer}.{expert_names(build.spec).block}"
+    held = build.local_experts(moe.layers.index(layer))
     width = build.shards.expert_mlp[1] - build.shards.expert_mlp[0]
     gate_up = build.empty(len(held), 2 * width, build.spec.hidden_size)
     down = build.empty(len(held), build.spec.hidden_size, width)
     for slot, expert in enumerate(held):
-        build.fill(f"{block}.experts.{EXPERT}.{names.gate}.weight", gate_up[slot, :width], expert)
-        build.fill(f"{block}.experts.{EXPERT}.{names.up}.weight", gate_up[slot, width:], expert)
-        build.fill(f"{block}.experts.{EXPERT}.{names.down}.weight", down[slot], expert)
-    layout = build.layout
+        plan_expert(build.plan, build.shards, layer, expert, gate_up[slot], down[slot])
     return MoeLayer(
         _gate(build, moe, block),
         LocalExperts(gate_up, down),
-        build.routing(place),
+        RoutingView.nowhere(build.device),
         build.groups,
         dense(build, f"{block}.shared_experts") if moe.shared_intermediate_size else None,
-        sharded=layout.expert_group_size > 1 and not layout.enable_expert_parallel,
+        sharded=False,
     )
 
 

@@ -31,4 +31,7 @@ def empty_model(
 ) -> Decoder:
     """What ``rank`` allocates; its memory is undefined until the plan has been carried out."""
     spec, layout = ModelSpec.from_folder(folder), layout or Layout()
-    return Decoder(ModelBuild(spec, layout, rank, placement_maps(spec, layout, strategy), 64, dtype, CPU))
+    maps = placement_maps(spec, layout, strategy)
+    own = maps.local_slots(layout.ep_rank(rank))
+    experts = maps.physical_to_logical[:, own.start : own.stop]
+    return Decoder(ModelBuild(spec, layout, rank, experts, 64, dtype, CPU))

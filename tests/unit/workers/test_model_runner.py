@@ -83,11 +83,39 @@ def test_an_infinite_logit_alone_is_noticed(runner: ModelRunner) -> None:
         runner.execute(first_step({0: [1, 2], 4: [3]}, int32(3)))
 
 
-def test_a_placement_of_another_number_of_layers_is_refused(checkpoints: Checkpoints) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "experts", "found"),
+    [
+        ({}, [[0, 1]], "1 layers; valid: none"),
+        ({"enable_expert_parallel": True}, [[0, 1, 2, 3, 4, 5, 6, 7]] * 2, "2 layers; valid: 3, one per MoE layer"),
+        ({"enable_expert_parallel": True}, [[0, 1, 8]] * 3, "experts 0 to 8; valid: 0 to 7"),
+    ],
+)
+def test_experts_that_the_model_does_not_have_are_not_loaded(
+    checkpoints: Checkpoints, sizes: dict[str, Any], experts: list[list[int]], found: str
+) -> None:
+    config = worker_config(checkpoints("qwen3-moe"), **sizes)
+    runner = ModelRunner(config, ModelSpec.from_folder(config.model), torch.device("cpu"), config.layout, 0)
+    with pytest.raises(InvalidConfig, match=found):
+        runner.load(np.array(experts, dtype=np.int32))
+
+
+def test_no_step_runs_on_a_rank_without_a_place_in_an_epoch(checkpoints: Checkpoints) -> None:
     config = worker_config(checkpoints("qwen3-moe"))
     runner = ModelRunner(config, ModelSpec.from_folder(config.model), torch.device("cpu"), config.layout, 0)
-    with pytest.raises(InvalidConfig, match="3, one per MoE layer"):
-        runner.load(np.zeros((0, 0), dtype=np.int32))
+    runner.load(np.zeros((0, 0), dtype=np.int32))
+    runner.init_kv_cache()
+    with pytest.raises(ProtocolError, match="no place in an epoch"):
+        runner.execute(first_step({0: [1, 2, 3]}, int32(3)))
+
+
+def test_spoiled_logits_are_a_numeric_fault_of_the_first_row_once(runner: ModelRunner) -> None:
+    prompts = {1: [1, 2, 3], 5: [6, 7]}
+    runner.spoil_next_logits()
+    with pytest.raises(NumericFault, match="logits are NaN or infinite in rows 1"):
+        runner.execute(first_step(prompts, int32(5)))
+    runner.reset()
+    assert len(runner.execute(first_step(prompts, int32(5))).tokens) == 2
 
 
 def test_rows_that_do_not_reach_their_last_token_give_no_token(runner: ModelRunner) -> None:

@@ -1,7 +1,7 @@
-"""A coordinator's journal in a process of its own, to be killed: ``python -m tests.integration.engine.journal_writer``
-with the path, the term, after how many bytes to compact, and how large a file may be (0: any size).
+"""Coordinators' journals in processes to be killed: ``python -m tests.integration.engine.journal_writer``.
 
-Prints a line for every batch that was committed: how many tokens each stream had then.
+Each line on stdin, of a path, a term, after how many bytes to compact and how large a file may be (0: any size), with
+tabs between, starts one, which says its pid and then everything that was committed: how many tokens each stream had.
 """
 
 from __future__ import annotations
@@ -56,9 +56,21 @@ async def write_for_ever(path: str, term: int, dead_bytes: int) -> None:
         await asyncio.sleep(draw.random() * 0.002)
 
 
+def main() -> None:
+    for line in sys.stdin:
+        path, term, dead_bytes, limit = line.rstrip("\n").split("\t")
+        child = os.fork()
+        if not child:
+            if int(limit):
+                # Writing past that fails like a failing disk does.
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+            say("pid", str(os.getpid()))
+            asyncio.run(write_for_ever(path, int(term), int(dead_bytes)))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        # The last line of the child may have been cut short.
+        say("\nended", str(status))
+
+
 if __name__ == "__main__":
-    if limit := int(sys.argv[4]):
-        # Writing past that fails like a failing disk does.
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    asyncio.run(write_for_ever(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import os
 import random
 import signal
@@ -19,32 +19,36 @@ from tests.unit.engine.journal.told import Told, check_prefix, opened
 KILLS = 15
 
 
-@contextlib.contextmanager
-def writing(path: Path, term: int, dead_bytes: int, limit: int = 0) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that writes; gone at the end. With a ``limit`` its files may be no larger."""
-    command = [sys.executable, "-m", "tests.integration.engine.journal_writer", str(path), str(term), str(dead_bytes)]
-    with subprocess.Popen([*command, str(limit)], stdout=subprocess.PIPE) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+class Writers:
+    """Starts writers, one after the other."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._orders = process.stdin
+        self.told = process.stdout
+        self._pid = 0
+
+    def start(self, path: Path, term: int, dead_bytes: int, limit: int = 0) -> None:
+        self._orders.write(f"{path}\t{term}\t{dead_bytes}\t{limit}\n".encode())
+        self._orders.flush()
+        word, pid = self.told.readline().split()
+        assert word == b"pid"
+        self._pid = int(pid)
+
+    def kill(self) -> list[str]:
+        """Returns what was told and not read yet."""
+        os.kill(self._pid, signal.SIGKILL)
+        lines = list(iter(self.told.readline, b"ended -9\n"))
+        # What stands before that may have been cut short.
+        return [line.decode().rstrip("\n") for line in lines[:-1]]
 
 
-def told_until_killed(process: subprocess.Popen[bytes], after_s: float) -> list[str]:
-    """What it had told when it was killed."""
-    assert process.stdout is not None
-    told = [process.stdout.readline()]
-    os.set_blocking(process.stdout.fileno(), False)
-    end = time.monotonic() + after_s
-    while time.monotonic() < end:
-        told.append(process.stdout.read() or b"")
-        time.sleep(0.001)
-    process.kill()
-    assert process.wait(10) == -signal.SIGKILL
-    os.set_blocking(process.stdout.fileno(), True)
-    told.append(process.stdout.read())
-    # The last line may have been cut short.
-    return b"".join(told).decode().split("\n")[:-1]
+@pytest.fixture
+def writers() -> Iterator[Writers]:
+    command = [sys.executable, "-m", "tests.integration.engine.journal_writer"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        yield Writers(process)
 
 
 def names(lines: list[str], word: str) -> set[str]:
@@ -52,14 +56,18 @@ def names(lines: list[str], word: str) -> set[str]:
 
 
 @pytest.mark.parametrize("dead_bytes", [4 << 20, 1 << 12], ids=["as it is", "compacting all the time"])
-async def test_what_was_told_to_be_kept_is_there_after_a_kill(tmp_path: Path, dead_bytes: int) -> None:
+async def test_what_was_told_to_be_kept_is_there_after_a_kill(
+    tmp_path: Path, writers: Writers, dead_bytes: int
+) -> None:
     path = tmp_path / "journal.sqlite"
     draw = random.Random(dead_bytes)
     told_tokens = 0
     for number in range(KILLS):
         term = 2 * number + 1
-        with writing(path, term, dead_bytes) as process:
-            lines = told_until_killed(process, draw.random() * 0.3)
+        writers.start(path, term, dead_bytes)
+        lines = [writers.told.readline().decode()]
+        await asyncio.sleep(draw.random() * 0.1)
+        lines += writers.kill()
         assert not [line for line in lines if line.startswith("state")]
         kept = [line.split()[1:] for line in lines if line.startswith("kept")][-1]
         counts = {name: list(map(int, found.split(","))) for name, found in (word.split("=") for word in kept)}
@@ -75,16 +83,16 @@ async def test_what_was_told_to_be_kept_is_there_after_a_kill(tmp_path: Path, de
     assert told_tokens > 100 * KILLS
 
 
-async def test_a_disk_that_fails_stops_nothing(tmp_path: Path) -> None:
+async def test_a_disk_that_fails_stops_nothing(tmp_path: Path, writers: Writers) -> None:
     """The files may be 200,000 bytes at most: writing fails in the middle of a transaction."""
     path = tmp_path / "journal.sqlite"
-    with writing(path, 1, 4 << 20, limit=200_000) as process:
-        assert process.stdout is not None
-        end = time.monotonic() + 20
-        while not process.stdout.readline().startswith(b"state degraded"):
-            assert time.monotonic() < end
-        # It goes on telling.
-        later = [process.stdout.readline() for _ in range(500)]
+    writers.start(path, 1, 4 << 20, limit=200_000)
+    end = time.monotonic() + 20
+    while not writers.told.readline().startswith(b"state degraded"):
+        assert time.monotonic() < end
+    # It goes on telling.
+    later = [writers.told.readline() for _ in range(500)]
+    later += [line.encode() for line in writers.kill()]
     assert sum(line.startswith(b"kept") for line in later) > 50
     assert not [line for line in later if line.startswith(b"state")]
     async with opened(path, 2) as (journal, restored):

@@ -53,7 +53,7 @@ async def test_any_end_of_the_log_may_be_cut_off(tmp_path: Path) -> None:
     original = await copy_of_a_killed_ones(tmp_path, told)
     log = read(original, "-wal")
     counts = []
-    for length in [*sorted(random.Random(1).sample(range(len(log)), 24)), len(log)]:
+    for length in [*sorted(random.Random(1).sample(range(len(log)), 16)), len(log)]:
         folder = tmp_path / str(length)
         shutil.copytree(original.parent, folder)
         write(folder / original.name, log[:length], "-wal")
@@ -80,7 +80,7 @@ async def test_any_byte_may_be_another(tmp_path: Path, ending: str) -> None:
     draw = random.Random(2)
     counts: list[int] = []
     set_aside = 0
-    places = [draw.randrange(len(good)) for _ in range(40)] + [draw.randrange(HEADER_BYTES) for _ in range(10)]
+    places = [draw.randrange(len(good)) for _ in range(22)] + [draw.randrange(HEADER_BYTES) for _ in range(8)]
     for number, place in enumerate(places):
         folder = tmp_path / f"{number}{ending}"
         shutil.copytree(original.parent, folder)

@@ -83,6 +83,7 @@ class Coordinator:
         self._ended = asyncio.Event()
         self._wake = asyncio.Event()
         self._closed = False
+        self._superseded_by_another = False
         self.keeping = Keeping(order, self._journal_changed, self._superseded)
         self.term = self.keeping.term
         self._calls = RankCalls(self.term)
@@ -155,7 +156,13 @@ class Coordinator:
         self._ended.set()
 
     def _shut_down(self) -> None:
-        """Every live request ends with an error, every client is told, workers and supervisor too."""
+        """Every live request ends with an error, every client is told, workers and supervisor too. A coordinator whose
+        place is taken says nothing: all of them are another's."""
+        if self._superseded_by_another:
+            self.keeping.close()
+            return
+        if self.error is not None:
+            self.keeping.freeze()
         closed = ErrorInfo(kind="engine_closed", text=self._reason or "the engine is closed")
         self.clients.fail_requests(self.error or closed)
         # What waits to be kept is told before the end is.
@@ -367,6 +374,7 @@ class Coordinator:
     def _superseded(self, text: str) -> None:
         """Another coordinator has taken over: this one must say and do nothing more."""
         log.critical("%s", text)
+        self._superseded_by_another = True
         self.end(text, ErrorInfo(kind="engine_closed", text=text))
 
     def owner_gone(self) -> None:

@@ -15,8 +15,8 @@ import zmq
 from drumline.engine import client
 from drumline.engine.client import AsyncEngine
 from drumline.engine.config import EngineConfig
-from drumline.engine.connection import Timing
 from drumline.engine.outputs import RequestOutput
+from drumline.engine.presence import Timing
 from drumline.engine.sampling_params import SamplingParams
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import ErrorInfo

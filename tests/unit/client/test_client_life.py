@@ -10,7 +10,7 @@ import pytest
 from drumline.engine import client
 from drumline.engine.client import AsyncEngine
 from drumline.engine.config import EngineConfig
-from drumline.engine.connection import Connection, Timing
+from drumline.engine.connection import Connection
 from drumline.engine.errors import (
     DrumlineError,
     EngineClosed,
@@ -20,6 +20,7 @@ from drumline.engine.errors import (
     RequestFailed,
     StartFailed,
 )
+from drumline.engine.presence import Timing
 from drumline.engine.sampling_params import SamplingParams
 from drumline.protocol.errors import ErrorInfo, ProtocolError
 from drumline.protocol.messages import (

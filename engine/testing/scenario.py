@@ -69,8 +69,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Chances(msgspec.Struct, frozen=True):
     """How a random scenario is drawn. ``every_s``: the mean time between faults. ``inside_every_s``: how long at least
-    between two faults from inside, so that no request is in two of them and suspected to cause them. ``longest_stop_s``:
-    how long a rank or the coordinator is stopped at most."""
+    between two faults from inside, so that no request is in two of them and suspected to cause them.
+    ``longest_stop_s``: how long a rank is stopped at most."""
 
     every_s: float = 5.0
     inside_every_s: float = 60.0
@@ -96,11 +96,14 @@ _DRAWN = (
     ("full_disk", 3),
     ("forkserver", 3),
 )
+TRIGGER_S = 0.2
 _STEP_POINTS = ("step", "prefill", "decode")
 
 
-def random_scenario(seed: int, ranks: int, seconds: float, chances: Chances = Chances()) -> Scenario:
-    """Faults for ``seconds``, the same for the same arguments."""
+def random_scenario(seed: int, ranks: int, seconds: float, chances: Chances | None = None) -> Scenario:
+    """Faults for ``seconds``, the same for the same arguments. What is to happen in a regroup, or to a process that
+    loads or joins, comes with a kill that makes it so."""
+    chances = Chances() if chances is None else chances
     rng = random.Random(seed)
     faults: list[ScheduledFault] = []
     inside_at = -chances.inside_every_s
@@ -110,9 +113,19 @@ def random_scenario(seed: int, ranks: int, seconds: float, chances: Chances = Ch
         if kind in FROM_INSIDE:
             kind = kind if at - inside_at >= chances.inside_every_s else "kill"
             inside_at = at if kind in FROM_INSIDE else inside_at
-        faults.append(_drawn(rng, kind, at, ranks, chances))
+        fault = _drawn(rng, kind, at, ranks, chances)
+        faults.append(fault)
+        if (victim := _victim(fault, ranks)) >= 0:
+            faults.append(ScheduledFault("kill", at + TRIGGER_S, victim))
         at += rng.uniform(0.5, 1.5) * chances.every_s
     return Scenario(f"random {seed}", tuple(faults), seed)
+
+
+def _victim(fault: ScheduledFault, ranks: int) -> int:
+    """Who must be killed for the fault's rank to come to its point, -1 for nobody."""
+    if fault.point in ("loading", "joining"):
+        return fault.rank
+    return (fault.rank + 1) % ranks if fault.point in ("leave", "regroup") else -1
 
 
 def _drawn(rng: random.Random, kind: str, at: float, ranks: int, chances: Chances) -> ScheduledFault:
@@ -132,7 +145,8 @@ def _drawn(rng: random.Random, kind: str, at: float, ranks: int, chances: Chance
         return ScheduledFault(kind, at, seconds=rng.choice((0.5, 3.0)))
     if kind in ("full_disk", "partition"):
         return ScheduledFault(kind, at, rank if kind == "partition" else -1, seconds=rng.uniform(0.5, 3.0))
-    point = rng.choice(("now", "now", "prefill", "decode", "leave", "regroup", "joining", "loading"))
+    points = ("now", "now", "prefill", "decode", "joining", "loading")
+    point = rng.choice((*points, "leave", "regroup") if ranks > 1 else points)
     if kind in ("raise", "nan", "hang", "slow"):
         point = rng.choice(_STEP_POINTS)
     return ScheduledFault(

@@ -8,6 +8,7 @@ is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -186,12 +187,15 @@ class Control:
     def _await_another(self, lost: EngineClosed) -> bool:
         """The coordinator is gone: keep the weights and say Hello to the next one, within the lease. False when there
         is nothing to wait for."""
+        self._take_last_word()
+        if self._exit_at is not None:
+            return False
         lease = self._config.coordinator_lease_s if self._config is not None else 0.0
         now = time.monotonic()
         if self._welcomed and lease > 0:
             log.warning("the coordinator is gone (%s); waiting %.0f s for the next one", lost.text, lease)
             self._welcome_by = now + lease
-        if self._exit_at is not None or lease <= 0 or now >= self._welcome_by:
+        if lease <= 0 or now >= self._welcome_by:
             return False
         self._welcomed = False
         # Whatever the main thread waits for: nothing of this term goes on.
@@ -203,6 +207,13 @@ class Control:
         self._dealer = ThreadDealer(self._context, self._endpoint, Codec(ToWorker))
         self._dealer.send(self._hello())
         return True
+
+    def _take_last_word(self) -> None:
+        """A Shutdown that came before the connection ended and was not read yet: a send may have found the end first."""
+        with contextlib.suppress(EngineClosed):
+            while (message := self._dealer.recv_nowait()) is not None:
+                if isinstance(message, Shutdown):
+                    self._take(message)
 
     def _drop_replies(self) -> None:
         """What was meant for a coordinator that is gone."""

@@ -502,7 +502,7 @@ class Ack(Message, frozen=True, tag=44):
 
 
 class Resume(Message, frozen=True, tag=45):
-    """Deliver from ``positions[index]`` on.
+    """Deliver from ``positions[index]`` on, none given: from the start.
 
     To a coordinator that may know less than the client does (WelcomeClient says so) also all that the client has:
     ``submit``, with the seed that was drawn, and ``tokens[index]``, int32, every generated token that it has read.

@@ -125,10 +125,8 @@ async def test_a_second_reader_takes_over_from_a_position(served: Served) -> Non
     assert not any(isinstance(message, Cancel) for message in fake.received)
 
 
-async def test_resume_is_refused_for_an_unknown_id_and_for_positions_that_are_not_there(served: Served) -> None:
+async def test_resume_is_refused_for_positions_that_are_not_there(served: Served) -> None:
     engine, fake = served
-    with pytest.raises(InvalidRequest, match="request_id"):
-        await within(anext(engine.resume("nobody", (0,))))
     reader = await read(engine, "hi", request_id="r")
     submit, (handle,) = await fake.accept()
     with pytest.raises(InvalidRequest, match="positions"):

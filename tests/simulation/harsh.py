@@ -44,6 +44,7 @@ class HarshSimulation(Simulation):
         self._connected = CONNECTIONS
         self._dead: set[int] = set()
         self._away: set[str] = set()
+        self._cancelled_on: dict[str, int] = {}
         self._confined: tuple[set[str], set[str], int] | None = None
         for mishap, most in ((self._take_over, 2), (self._confine, 2)):
             for _ in range(self._random.randint(0, most)):
@@ -91,6 +92,10 @@ class HarshSimulation(Simulation):
         plan.connection = self._number_of[plan.connection - 1]
         super()._submit(plan)
 
+    def _check_pin(self, plan: Plan, replica: int) -> None:
+        if self._confined is None:
+            super()._check_pin(plan, replica)
+
     def _check_twice(self, plan: Plan) -> None:
         """The same submission is answered again, under new handles; another one with the id is refused."""
         super()._check_twice(Plan(msgspec.structs.replace(plan.submit, nonce="another"), plan.connection, plan.at))
@@ -106,7 +111,8 @@ class HarshSimulation(Simulation):
         number = self._number_of[connection - 1]
         self._hang_up(connection - 1)
         self.core.drop_connection(number, self.now)
-        self._lose(client for client in self.clients.requests.values() if client.connection == number)
+        clients = self.clients.requests.items()
+        self._lose([one for name, one in clients if number in (one.connection, self._cancelled_on.get(name))])
 
     def _hang_up(self, which: int) -> None:
         self._dead.add(self._number_of[which])
@@ -123,7 +129,11 @@ class HarshSimulation(Simulation):
             self._go_on(client, self._random.choice(self._number_of))
 
     def _cancel(self, client: Client) -> None:
-        self._once_back(client, super()._cancel, client)
+        self._once_back(client, self._send_cancel, client)
+
+    def _send_cancel(self, client: Client) -> None:
+        self._cancelled_on[client.plan.submit.request_id] = client.connection
+        super()._cancel(client)
 
     def _stop(self, client: Client, stream: Stream) -> None:
         self._once_back(client, super()._stop, client, stream)
@@ -143,8 +153,9 @@ class HarshSimulation(Simulation):
         connection = self._random.choice(self._number_of)
         if not client.forgotten:
             self._go_on(client, connection)
-        for call_id in client.cancel_calls:
+        for call_id in client.cancel_calls if self._cancelled_on.get(request_id) in self._dead else ():
             if not sum(n for (_, call), n in self._confirmed.items() if call == call_id):
+                self._cancelled_on[request_id] = connection
                 self.core.cancel(connection, Cancel(call_id, request_id), self.now)
 
     def _go_on(self, client: Client, connection: int) -> None:

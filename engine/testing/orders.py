@@ -11,37 +11,49 @@ from dataclasses import dataclass, field
 from drumline.engine.client import AsyncEngine
 from drumline.engine.testing.records import InjectionFailed
 from drumline.protocol.errors import DrumlineError
-from drumline.protocol.messages import Event, FaultsInjected, InjectFaults, Injection, MessageFault
+from drumline.protocol.messages import Event, Injection, MessageFault
 
 KEPT_EVENTS = 4096
-RESEND_S = 0.2
+
+
+@dataclass(slots=True)
+class _Waiter:
+    wanted: Callable[[Event], bool]
+    event: asyncio.Future[Event]
 
 
 @dataclass(slots=True)
 class Events:
-    """The last events of an engine, and those who wait for one."""
+    """The last events of an engine, and those who wait for one. ``count``: how many there have been."""
 
+    count: int = 0
     seen: deque[Event] = field(default_factory=lambda: deque(maxlen=KEPT_EVENTS))
-    _waiting: list[tuple[Callable[[Event], bool], asyncio.Future[Event]]] = field(default_factory=list)
+    _waiters: list[_Waiter] = field(default_factory=list)
 
     def add(self, event: Event) -> None:
         """One has come."""
+        self.count += 1
         self.seen.append(event)
-        for wanted, future in list(self._waiting):
-            if not future.done() and wanted(event):
-                future.set_result(event)
+        for waiter in self._waiters:
+            if not waiter.event.done() and waiter.wanted(event):
+                waiter.event.set_result(event)
 
-    async def next(self, wanted: Callable[[Event], bool], seconds: float, what: str) -> Event:
-        """The first event from now on that is ``wanted``. Raises InjectionFailed with ``what`` when there is none."""
-        waiting = (wanted, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
+    async def since(self, count: int, wanted: Callable[[Event], bool], seconds: float, what: str) -> Event:
+        """The first event after the first ``count`` that is ``wanted``. Raises InjectionFailed, saying ``what``, when
+        there is none within ``seconds``."""
+        late = min(self.count - count, len(self.seen))
+        for event in list(self.seen)[len(self.seen) - late :]:
+            if wanted(event):
+                return event
+        waiter = _Waiter(wanted, asyncio.get_running_loop().create_future())
+        self._waiters.append(waiter)
         try:
             async with asyncio.timeout(seconds):
-                return await waiting[1]
+                return await waiter.event
         except TimeoutError:
             raise InjectionFailed(f"{what} within {seconds:g} s") from None
         finally:
-            self._waiting.remove(waiting)
+            self._waiters.remove(waiter)
 
 
 class Orders:
@@ -65,31 +77,37 @@ class Orders:
         """Give an order. Raises InjectionFailed when the engine does not take it."""
         connection, _ = self._engine._require_ready()
         try:
-            answer: FaultsInjected = await connection.call(
-                lambda call_id: InjectFaults(call_id, injections, messages, full_disk=full_disk), "inject faults"
-            )
+            await connection.inject_faults(injections, messages, full_disk=full_disk)
         except DrumlineError as error:
-            raise InjectionFailed(f"the engine did not take the order: {error.text}", None) from error
-        if answer.error is not None:
-            raise InjectionFailed(f"the engine refused the order: {answer.error.text}")
+            raise InjectionFailed(f"the engine did not take the order: {error.text}") from error
 
     async def injected(self, injection: Injection) -> Event:
-        """Have a rank do ``injection``; returns the event that says that it does."""
+        """Have a rank do ``injection``; returns the event in which it says that it does. An order that is given up is
+        taken back."""
         what = f"rank {injection.rank} did not come to {injection.point!r} for {injection.kind!r}"
         if injection.step >= 0:
-            what += f" in or after step {injection.step}"
+            what += f" from step {injection.step} on"
+        before = self._events.count
         self._pending[injection.number] = injection
-        waiting = asyncio.ensure_future(
-            self._events.next(
-                lambda event: event.kind == "injected" and event.done == injection.number, self._timeout_s, what
-            )
-        )
+        happened = False
         try:
             await self.send((injection,))
-            return await waiting
+            event = await self._events.since(
+                before, lambda one: one.kind == "injected" and one.done == injection.number, self._timeout_s, what
+            )
+            happened = True
+            return event
         finally:
-            waiting.cancel()
-            self._pending.pop(injection.number, None)
+            del self._pending[injection.number]
+            if not happened:
+                await self._take_back(injection)
+
+    async def _take_back(self, injection: Injection) -> None:
+        # One with the same number takes its place: a step that takes once as long as it does.
+        try:
+            await self.send((Injection(injection.number, injection.rank, "slow"),))
+        except DrumlineError:
+            return  # the engine is at its end, or cannot be reached: nothing to take back from
 
     async def repeat(self) -> None:
         """Another coordinator has taken over."""

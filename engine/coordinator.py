@@ -44,6 +44,7 @@ from drumline.protocol.messages import (
     Event,
     Failed,
     InjectFaults,
+    Leave,
     Rejected,
     WelcomeClient,
 )
@@ -267,6 +268,8 @@ class Coordinator:
     def _do(self, output: Output, now: float) -> None:
         connections = self.clients.connections
         if isinstance(output, ToPeer | ToReplica | ToOwner):
+            if isinstance(output, ToPeer) and isinstance(output.message, Leave):
+                self._calls_void(output.rank)
             self.workers.carry_out(output, now)
         elif isinstance(output, Tell):
             self._log(output.event)
@@ -325,6 +328,11 @@ class Coordinator:
                 for done in self._calls.unreachable(rank, f"rank {rank} cannot be reached"):
                     self._answer(done.connection, done.result())
         self._wake.set()
+
+    def _calls_void(self, rank: int) -> None:
+        """The rank leaves the epoch that it was called in, and answers nothing of it any more."""
+        for done in self._calls.unreachable(rank, f"rank {rank} was called in an epoch that has ended", retryable=True):
+            self._answer(done.connection, done.result())
 
     def _call_result(self, message: CallResult) -> None:
         done = self._calls.answer(message)

@@ -13,6 +13,7 @@ import numpy as np
 from drumline.engine.core.batch_table import DRAIN, FREE
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.outputs import ConnectionOutput
+from drumline.engine.core.restored import RestoredRequest
 from drumline.protocol.messages import Accepted, Cancel, Resume, Resumed, Stop
 from tests.simulation.clients import Client, Stream
 from tests.simulation.invariants import groups_of
@@ -198,6 +199,7 @@ class HarshSimulation(Simulation):
         known = self._journal.requests()
         kept = [one for one in known if self._random.random() >= self._forgetful]
         self.seen["forgotten_by_journal"] += len(known) - len(kept)
+        kept = [self._without_newest(one) if self._random.random() < self._forgetful else one for one in kept]
         self.core = EngineCore(self.config, self.scenario.num_blocks, term=1, seed=self.seen["takeover"])
         self._groups = groups_of(self.core)
         self._rules = StepRules(self.core, self.config, self.fleet.serving)
@@ -214,6 +216,20 @@ class HarshSimulation(Simulation):
             self.fleet.close(group, self.fleet.members(group))
             self._soon(1.0, partial(self._reopen, group, self._closings[group]))
         self._lose(self.clients.requests.values())
+
+    def _without_newest(self, one: RestoredRequest) -> RestoredRequest:
+        """What a journal knows that missed the last tokens of a request, and how it ended."""
+        if any(stream.end is not None for stream in self.clients.requests[one.submit.request_id].streams):
+            return one  # a client asks no more for what it saw end
+        counts = [self._random.randint(0, len(own)) for own in one.tokens]
+        self.seen["tokens_forgotten"] += 1
+        return RestoredRequest(
+            one.submit,
+            one.first_handle,
+            tuple(own[:count] for own, count in zip(one.tokens, counts, strict=True)),
+            tuple(own[:count] for own, count in zip(one.logprobs, counts, strict=True)),
+            (None,) * one.submit.n,
+        )
 
     # ------------------------------------------------------------------------------------------------------ invariants
 

@@ -114,11 +114,11 @@ class RankCalls:
         answer = RankAnswer(message.rank, message.ok, message.value, message.error)
         return self._settle(call, message.call_id, answer)
 
-    def unreachable(self, rank: int, text: str) -> list[OpenCall]:
+    def unreachable(self, rank: int, text: str, *, retryable: bool = False) -> list[OpenCall]:
         """``rank`` will not answer to anything. Returns the calls that this completes."""
         self._owed.pop(rank, None)
         lost = [(call_id, call) for call_id, call in self._by_id.items() if call.waiting.get(call_id) == rank]
-        error = ErrorInfo(kind="request_failed", text=text, rank=rank)
+        error = ErrorInfo(kind="request_failed", text=text, rank=rank, retryable=retryable)
         done = [self._settle(call, call_id, RankAnswer(rank, False, b"", error)) for call_id, call in lost]
         return [call for call in done if call is not None]
 

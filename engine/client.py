@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -11,28 +10,24 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
+from drumline.engine.client_requests import ClientRequests
 from drumline.engine.config import EngineConfig
-from drumline.engine.connection import Connection, Timing
+from drumline.engine.connection import Connection
 from drumline.engine.control_calls import check_method, check_timeout, pack_arguments, rank_reply
+from drumline.engine.events import EventStream, EventStreams
 from drumline.engine.generation import Generation
 from drumline.engine.launch.external import ExternalLaunch
 from drumline.engine.launch.local import LocalEngine, start_local
 from drumline.engine.layout_report.report import LayoutReport
 from drumline.engine.layout_report.running import report_of
 from drumline.engine.outputs import RankReply
-from drumline.engine.prompts import check_request_id, load_tokenizer, prompt_ids, submit_message
+from drumline.engine.presence import Timing
+from drumline.engine.prompts import check_request_id, load_tokenizer
 from drumline.engine.sampling_params import SamplingParams
+from drumline.engine.settings import check_number
 from drumline.engine.streams import RequestStream
-from drumline.protocol.errors import (
-    DrumlineError,
-    DuplicateRequest,
-    EngineClosed,
-    InvalidConfig,
-    InvalidRequest,
-    ProtocolError,
-    RequestFailed,
-    StartFailed,
-)
+from drumline.protocol.endpoints import VALID, check_endpoint
+from drumline.protocol.errors import EngineClosed, InvalidConfig, ProtocolError, StartFailed
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
     CallRanks,
@@ -41,7 +36,6 @@ from drumline.protocol.messages import (
     LayoutQuery,
     ModelInfo,
     StatusQuery,
-    Submit,
     WelcomeClient,
 )
 from drumline.protocol.status import EngineStatus
@@ -65,21 +59,69 @@ class AsyncEngine:
     def __init__(self, config: EngineConfig, *, on_event: Callable[[Event], None] | None = None) -> None:
         if not isinstance(config, EngineConfig):
             raise InvalidConfig("config", type(config).__name__, "an EngineConfig")
-        self.config = config
+        faults = config.faults
+        timing = Timing(start_silence_s=faults.start_deadline_s + 30.0, lease_s=faults.coordinator_lease_s)
+        self._prepare(config, timing, on_event)
+
+    def _prepare(self, config: EngineConfig | None, timing: Timing, on_event: Callable[[Event], None] | None) -> None:
+        self._config = config
         self._on_event = on_event
-        self._timing = Timing(start_silence_s=config.faults.start_deadline_s + 30.0)
+        self._timing = timing
+        self._events = EventStreams()
         self._launching: asyncio.Task[LocalEngine] | None = None
         self._local: LocalEngine | None = None
         self._connection: Connection | None = None
+        self._requests: ClientRequests | None = None
         self._info: ModelInfo | None = None
         self._tokenizer: Tokenizer | None = None
         self._started = False
         self._closing: asyncio.Task[None] | None = None
 
+    @classmethod
+    async def connect(
+        cls, endpoint: str, *, timeout: float = 30.0, on_event: Callable[[Event], None] | None = None
+    ) -> AsyncEngine:
+        """An engine that runs elsewhere on this machine, at the ``endpoint`` of whoever owns it::
+
+            async with await AsyncEngine.connect("ipc:///run/user/0/drumline/engine.sock") as engine: ...
+
+        Returns once it can serve. Closing it only leaves. Raises :class:`InvalidConfig` for an endpoint that is neither
+        ``ipc://`` nor ``tcp://`` on a loopback address, :class:`EngineClosed` when nobody answers for ``timeout``
+        seconds.
+        """
+        if not isinstance(endpoint, str):
+            raise InvalidConfig("endpoint", endpoint, VALID)
+        check_endpoint(endpoint)
+        check_number("timeout", timeout, 0.0, 86400.0)
+        engine = cls.__new__(cls)
+        engine._prepare(None, Timing(start_silence_s=timeout, tick_s=min(1.0, timeout / 4)), on_event)
+        engine._started = True
+        try:
+            engine._connection = Connection(endpoint, engine._timing, engine._tell)
+            await engine._enter(await engine._connection.welcome)
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    @property
+    def config(self) -> EngineConfig:
+        """What it was made with. Raises :class:`InvalidConfig` for an engine that was connected to."""
+        if self._config is None:
+            raise InvalidConfig("config", "none", "an engine of this process: one that runs elsewhere keeps its own")
+        return self._config
+
+    @property
+    def endpoint(self) -> str:
+        """Where others on this machine can :meth:`connect` to it."""
+        return self._require_ready()[0].endpoint
+
     # -- life
 
     async def __aenter__(self) -> AsyncEngine:
-        await self.start()
+        if self._config is not None:
+            await self.start()
+        self._check_not_closing()
         return self
 
     async def __aexit__(
@@ -99,13 +141,11 @@ class AsyncEngine:
         if on_event is not None:
             self._on_event = on_event
         try:
-            self._launching = asyncio.create_task(start_local(self.config, self._tell))
-            await asyncio.wait([self._launching])
+            launching = self._launching = asyncio.create_task(start_local(self.config, self._tell))
+            await asyncio.wait([launching])
             self._check_not_closing()
-            self._local = self._launching.result()
-            self._connection = Connection(
-                self._local.client_endpoint, self._timing, self._tell, cause=self._local.failed
-            )
+            local = self._local = launching.result()
+            self._connection = Connection(local.client_endpoint, self._timing, self._tell, cause=local.failed)
             await self._enter(await self._connection.welcome)
             self._check_not_closing()
         except EngineClosed as error:
@@ -127,8 +167,11 @@ class AsyncEngine:
         if welcome.tokenizer:
             self._tokenizer = await asyncio.to_thread(load_tokenizer, welcome.tokenizer)
         self._info = welcome.info
+        if self._connection is not None:
+            self._requests = ClientRequests(self._connection, welcome.info, self._tokenizer)
 
     def _tell(self, event: Event) -> None:
+        self._events.tell(event)
         if self._on_event is None:
             return
         try:
@@ -138,8 +181,8 @@ class AsyncEngine:
             asyncio.get_running_loop().call_exception_handler(context)
 
     async def close(self) -> None:
-        """Ends the engine and everything it started, within about ten seconds. Idempotent; requests that still run
-        raise :class:`EngineClosed`."""
+        """Ends the engine and everything it started, within about ten seconds; leaves one that was connected to.
+        Idempotent; requests that still run raise :class:`EngineClosed`."""
         if self._closing is None:
             self._started = True
             self._closing = asyncio.create_task(self._close())
@@ -161,6 +204,7 @@ class AsyncEngine:
             await self._connection.close()
         if self._local is not None:
             await self._local.close(CLOSE_TIMEOUT_S)
+        self._events.end()
 
     # -- requests
 
@@ -181,26 +225,19 @@ class AsyncEngine:
         """
 
         async def open_stream() -> RequestStream:
-            return await self._submit(prompt, params, request_id, priority, data_parallel_rank)
+            return await self._ready().submit(prompt, params, request_id, priority, data_parallel_rank)
 
         return Generation(open_stream, self._leave)
 
     def resume(self, request_id: str, positions: Sequence[int] = ()) -> Generation:
-        """Iterates over a live request from ``positions`` (generated tokens already read, by index; none given: from
-        the start). The reader before it, if any, ends with ``RequestFailed``: the newest reader wins."""
+        """Iterates over a request from ``positions`` (generated tokens already read, by index; none given: from the
+        start). The reader before it, if any, ends with ``RequestFailed``: the newest reader wins, also over one in
+        another process. An engine goes on for ``resume_window_s`` with a request that nobody reads, if its id was
+        chosen by its app; of one that another connection submitted the prompt's text is not known. Raises (from the
+        iteration) :class:`InvalidRequest` for an id that is not known and positions that do not fit."""
 
         async def open_stream() -> RequestStream:
-            connection, _ = self._require_ready()
-            stream = connection.inbox.requests.get(request_id)
-            if stream is None:
-                raise InvalidRequest("request_id", request_id, "the id of a request that runs in this engine")
-            start = tuple(positions) or (0,) * len(stream.sequences)
-            if len(start) != len(stream.sequences) or any(
-                not 0 <= at <= have for at, have in zip(start, stream.positions, strict=True)
-            ):
-                raise InvalidRequest("positions", start, f"one for each index, at most {stream.positions}")
-            stream.rewind(start)
-            return stream
+            return await self._ready().resume(request_id, positions)
 
         return Generation(open_stream, self._leave)
 
@@ -211,62 +248,17 @@ class AsyncEngine:
         check_request_id(request_id)
         await connection.call(lambda call_id: Cancel(call_id, request_id), f"cancel {request_id!r}")
 
-    async def _submit(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams | None,
-        request_id: str | None,
-        priority: int,
-        data_parallel_rank: int | None,
-    ) -> RequestStream:
-        connection, info = self._require_ready()
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequest("params", type(params).__name__, "a SamplingParams")
-        request_id = f"request-{uuid.uuid4().hex[:16]}" if request_id is None else request_id
-        check_request_id(request_id)
-        ids = await prompt_ids(prompt, self._tokenizer, info)
-        submit = submit_message(request_id, ids, params, info, priority=priority, data_parallel_rank=data_parallel_rank)
-        await self._wait_for_id(connection, request_id)
-        text = prompt if isinstance(prompt, str) else None
-        stream = RequestStream(request_id, text, ids, params, self._tokenizer, info.eos_token_ids)
-        connection.inbox.add(stream)
-        try:
-            await connection.call(_numbered(submit), f"submit {request_id!r}")
-        except DrumlineError as error:
-            connection.inbox.remove(stream)
-            if isinstance(error, RequestFailed):
-                connection.cancel_quietly(request_id)  # no answer in time: it may have been accepted all the same
-            raise
-        except BaseException:
-            self._leave(stream)
-            raise
-        return stream
-
-    async def _wait_for_id(self, connection: Connection, request_id: str) -> None:
-        """An id is free once the engine has let go of it: that takes a moment after the reader has."""
-        if request_id in connection.inbox.requests:
-            await asyncio.sleep(0)  # an iterator that was dropped just now says so in the loop's next turn
-        while (live := connection.inbox.requests.get(request_id)) is not None:
-            if not (live.finished or live.left):
-                raise DuplicateRequest(f"request {request_id!r} is running")
-            try:
-                async with asyncio.timeout(connection.timing.answer_s):
-                    await live.released.wait()
-            except TimeoutError:
-                raise DuplicateRequest(f"request {request_id!r} has not ended in the engine yet") from None
-            connection.check_open()
-
     def _leave(self, stream: RequestStream) -> None:
-        """The reader is gone: what still runs is cancelled. The id is free when the engine has confirmed it."""
-        connection = self._connection
-        if connection is None or stream.released.is_set() or stream.left:
-            return
-        stream.left = True
-        if not stream.finished:
-            connection.cancel_quietly(stream.request_id)
+        if self._requests is not None:
+            self._requests.leave(stream)
 
     # -- questions
+
+    def events(self) -> EventStream:
+        """Iterates over what happens to the engine from now on (:class:`~drumline.protocol.messages.Event`): faults,
+        recoveries, restarts. Ends when the engine closes. 1,024 events wait for a slow reader, who is told in
+        ``dropped`` how many were more."""
+        return self._events.open()
 
     @property
     def model_info(self) -> ModelInfo:
@@ -321,13 +313,15 @@ class AsyncEngine:
         to. It may start them once the event "waiting" has been told; :meth:`start` waits for them meanwhile."""
         return self._local.launch if self._local is not None else None
 
+    def _ready(self) -> ClientRequests:
+        self._require_ready()
+        if self._requests is None:
+            raise EngineClosed("the engine has not been started")
+        return self._requests
+
     def _require_ready(self) -> tuple[Connection, ModelInfo]:
         self._check_not_closing()
         if self._connection is None or self._info is None:
             raise EngineClosed("the engine has not been started: use `async with AsyncEngine(config) as engine`")
         self._connection.check_open()
         return self._connection, self._info
-
-
-def _numbered(submit: Submit) -> Callable[[int], Submit]:
-    return lambda call_id: msgspec.structs.replace(submit, call_id=call_id)

@@ -44,6 +44,7 @@ from drumline.protocol.messages import (
     Event,
     Failed,
     InjectFaults,
+    Leave,
     Rejected,
     WelcomeClient,
 )
@@ -83,6 +84,7 @@ class Coordinator:
         self._ended = asyncio.Event()
         self._wake = asyncio.Event()
         self._closed = False
+        self._superseded_by_another = False
         self.keeping = Keeping(order, self._journal_changed, self._superseded)
         self.term = self.keeping.term
         self._calls = RankCalls(self.term)
@@ -155,7 +157,13 @@ class Coordinator:
         self._ended.set()
 
     def _shut_down(self) -> None:
-        """Every live request ends with an error, every client is told, workers and supervisor too."""
+        """Every live request ends with an error, every client is told, workers and supervisor too. A coordinator whose
+        place is taken says nothing: all of them are another's."""
+        if self._superseded_by_another:
+            self.keeping.close()
+            return
+        if self.error is not None:
+            self.keeping.freeze()
         closed = ErrorInfo(kind="engine_closed", text=self._reason or "the engine is closed")
         self.clients.fail_requests(self.error or closed)
         # What waits to be kept is told before the end is.
@@ -260,6 +268,8 @@ class Coordinator:
     def _do(self, output: Output, now: float) -> None:
         connections = self.clients.connections
         if isinstance(output, ToPeer | ToReplica | ToOwner):
+            if isinstance(output, ToPeer) and isinstance(output.message, Leave):
+                self._calls_void(output.rank)
             self.workers.carry_out(output, now)
         elif isinstance(output, Tell):
             self._log(output.event)
@@ -319,6 +329,11 @@ class Coordinator:
                     self._answer(done.connection, done.result())
         self._wake.set()
 
+    def _calls_void(self, rank: int) -> None:
+        """The rank leaves the epoch that it was called in, and answers nothing of it any more."""
+        for done in self._calls.unreachable(rank, f"rank {rank} was called in an epoch that has ended", retryable=True):
+            self._answer(done.connection, done.result())
+
     def _call_result(self, message: CallResult) -> None:
         done = self._calls.answer(message)
         if done is not None:
@@ -367,6 +382,7 @@ class Coordinator:
     def _superseded(self, text: str) -> None:
         """Another coordinator has taken over: this one must say and do nothing more."""
         log.critical("%s", text)
+        self._superseded_by_another = True
         self.end(text, ErrorInfo(kind="engine_closed", text=text))
 
     def owner_gone(self) -> None:

@@ -5,23 +5,33 @@ Every method that may have something to answer returns the messages to send.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
+
+import msgspec
+import numpy as np
 
 from drumline.engine.streams import Arrival, RequestStream
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
+    I32,
     Accepted,
     Ack,
     Finished,
     FromClient,
+    Rejected,
     Resume,
     Resumed,
     Stop,
+    Submit,
     Tokens,
 )
 
 # The coordinator sends nothing more with 64 frames unacknowledged.
 ACK_EVERY = 16
+ACK_UNSURE_S = 3.0
+"""An acknowledgement that was sent so long before a coordinator was lost has been taken note of."""
+MAX_ENDED = 1024
 
 
 class Inbox:
@@ -38,12 +48,29 @@ class Inbox:
         self._handles_of: dict[str, tuple[int, ...]] = {}
         self._last_frame: int | None = None
         self._acknowledged: int | None = None
+        self._term = 0
+        self._ended: deque[tuple[str, tuple[int, ...], float]] = deque(maxlen=MAX_ENDED)
 
     # -- requests come and go
 
     def add(self, stream: RequestStream) -> None:
         """A request that is being submitted. Its handles come with :meth:`accepted`."""
         self.requests[stream.request_id] = stream
+
+    def attach(self, stream: RequestStream) -> None:
+        """A request that the engine has taken in already, from another connection. Its Resumed follows."""
+        stream.accepted = True
+        self.add(stream)
+
+    def repeated(self, submits: Iterable[Submit]) -> list[FromClient]:
+        """Submissions that are to be said again, since they were not answered."""
+        answers: list[FromClient] = []
+        for submit in submits:
+            stream = self.requests.get(submit.request_id)
+            if stream is not None:
+                stream.repeated = True
+                answers.append(submit)
+        return answers
 
     def remove(self, stream: RequestStream) -> None:
         """Forgets a request that has ended in the engine, or never began: its id is free."""
@@ -52,12 +79,26 @@ class Inbox:
             self._unbind(stream.request_id)
         stream.release()
 
-    def accepted(self, message: Accepted) -> None:
+    def accepted(self, message: Accepted, now: float) -> list[FromClient]:
         """The engine has taken the request in: its tokens come under these handles, one per index."""
         stream = self.requests.get(message.request_id)
-        if stream is not None:
-            stream.num_cached_tokens = message.num_cached_tokens
-            self._bind(stream, message.handles.tolist())
+        if stream is None:
+            return []
+        stream.num_cached_tokens = message.num_cached_tokens
+        self.adopt(stream, message.handles.tolist(), message.seed)
+        if not stream.repeated:
+            return []
+        # It may have been taken in the first time already: what it has given since is asked for.
+        stream.repeated = False
+        return self._resume(stream, now)
+
+    def adopt(self, stream: RequestStream, handles: list[int], seed: int) -> None:
+        """The engine has the request; its tokens come under these handles."""
+        stream.accepted = True
+        if stream.submit is not None:
+            sampling = msgspec.structs.replace(stream.submit.sampling, seed=seed)
+            stream.submit = msgspec.structs.replace(stream.submit, sampling=sampling, seed_given=True)
+        self._bind(stream, handles)
 
     def cancelled(self, stream: RequestStream | None) -> None:
         """The engine has freed the request that a cancel meant: whatever still ran of it ends as aborted."""
@@ -71,6 +112,19 @@ class Inbox:
         if stream is not None:
             stream.fail(error)
             self.remove(stream)
+
+    def rejected(self, message: Rejected) -> None:
+        """A Resume, or a submission whose reader has left, was refused."""
+        stream = self.requests.get(message.request_id)
+        if stream is None or stream.resuming_since is None:
+            return
+        error = message.error
+        if error.kind in ("invalid_request", "duplicate_request"):
+            # It was taken in once: it is the engine that does not know it any more.
+            whom = f"the coordinator of term {self._term}" if self._term else "the coordinator"
+            text = f"request {message.request_id!r} is lost to {whom}: {error.text}"
+            error = ErrorInfo(kind="request_failed", text=text, retryable=True)
+        self.fail(message.request_id, error)
 
     def fail_all(self, error: ErrorInfo) -> None:
         """:meth:`fail` for every live request."""
@@ -98,7 +152,7 @@ class Inbox:
             elif arrival is Arrival.REPEAT:
                 self.statistics["repeats"] += 1
             elif arrival is Arrival.GAP:
-                answers += self._resume(stream, now)
+                answers += self._gap(stream, now)
         return answers
 
     def finished(self, message: Finished, now: float) -> list[FromClient]:
@@ -109,8 +163,10 @@ class Inbox:
             if stream is None or not 0 <= end.index < len(stream.sequences):
                 self.statistics["unknown_handles"] += 1
             elif stream.receive_end(end) is Arrival.GAP:
-                answers += self._resume(stream, now)
+                answers += self._gap(stream, now)
             elif stream.closed:
+                if stream.submit is not None and stream.submit.durable:
+                    self._ended.append((stream.request_id, stream.positions, now))
                 self.remove(stream)
         return [*answers, *self.acknowledge()]
 
@@ -128,7 +184,11 @@ class Inbox:
             return []
         stream.resuming_since = None
         self._bind(stream, message.handles.tolist())
-        answers: list[FromClient] = []
+        ended = {end.index for end in message.ends}
+        # A stop that was told to another coordinator may have died with it.
+        answers: list[FromClient] = [
+            Stop(stream.request_id, index, tokens) for index, tokens in stream.matched if index not in ended
+        ]
         for index, tokens in enumerate(message.tokens[: len(stream.sequences)]):
             entries = message.logprobs[index] if index < len(message.logprobs) else ()
             for position in range(len(stream.sequences[index].token_ids), len(tokens)):
@@ -142,6 +202,39 @@ class Inbox:
                 stream.receive_end(end)
         if stream.closed:
             self.remove(stream)
+        return answers
+
+    # -- another coordinator
+
+    def disconnected(self, now: float) -> None:
+        """The connection is lost: frames and handles were its own, and no answer comes any more."""
+        while self._ended and now - self._ended[0][2] > ACK_UNSURE_S:
+            self._ended.popleft()
+        self._last_frame = None
+        self._acknowledged = None
+        for request_id in list(self._handles_of):
+            self._unbind(request_id)
+        for stream in self.requests.values():
+            stream.resuming_since = None
+
+    def come_back(self, now: float, term: int, knows_all: bool) -> list[FromClient]:
+        """What a coordinator must be told that has taken over: submissions that were not accepted once more, and from
+        where on the accepted ones go on. To one that may not know all, all that is known here."""
+        self._term = term
+        answers: list[FromClient] = []
+        for stream in self.requests.values():
+            if stream.accepted:
+                answers += self._resume(stream, now, None if knows_all else stream.submit)
+            elif stream.submit is not None:
+                stream.repeated = True
+                answers.append(stream.submit)
+        # That the last ends were read may have died with the other one, and their ids would stay taken.
+        answers += [
+            Resume(self._next_call_id(), request_id, positions)
+            for request_id, positions, _ in self._ended
+            if request_id not in self.requests
+        ]
+        self._ended.clear()
         return answers
 
     def acknowledge(self) -> list[FromClient]:
@@ -175,16 +268,22 @@ class Inbox:
         answers: list[FromClient] = []
         for stream in list(self.requests.values()):
             if stream.request_id in self._handles_of:
-                answers += self._resume(stream, now)
+                answers += self._gap(stream, now)
         return answers
 
-    def _resume(self, stream: RequestStream, now: float) -> list[FromClient]:
+    def _gap(self, stream: RequestStream, now: float) -> list[FromClient]:
         self.statistics["gaps"] += 1
+        return self._resume(stream, now)
+
+    def _resume(self, stream: RequestStream, now: float, submit: Submit | None = None) -> list[FromClient]:
         if stream.resuming_since is not None:
             return []
         stream.resuming_since = now
         self.statistics["resumes"] += 1
-        return [Resume(self._next_call_id(), stream.request_id, stream.positions)]
+        tokens: tuple[I32, ...] = ()
+        if submit is not None:
+            tokens = tuple(np.array(sequence.token_ids, dtype=np.int32) for sequence in stream.sequences)
+        return [Resume(self._next_call_id(), stream.request_id, stream.positions, tokens, submit)]
 
     def _bind(self, stream: RequestStream, handles: list[int]) -> None:
         self._unbind(stream.request_id)

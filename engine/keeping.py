@@ -33,6 +33,7 @@ class Keeping:
         self._journal: Journal | None = None
         self._on_state = on_state
         self._core: EngineCore | None = None
+        self._frozen = False
         path = order.config.journal or f"{order.runtime_dir}/{JOURNAL_NAME}"
         least = order.term if path == OFF else max(order.term, journal_term(path) + 1)
         self.term = raise_term(order.runtime_dir, least)
@@ -52,9 +53,13 @@ class Keeping:
     def push(self, notes: Notes | None, outputs: list[ConnectionOutput], send: Callable[[], None]) -> None:
         """Call ``send`` once everything until now has been kept: ``notes`` of requests, the tokens of ``outputs``."""
         batch: Batch | None = None
-        if self._journal is not None and (notes is not None or outputs):
+        if self._journal is not None and not self._frozen and (notes is not None or outputs):
             batch = make_batch(notes, outputs)
         self.delivery.push(batch, send)
+
+    def freeze(self) -> None:
+        """From now on nothing is written down: what the journal holds is for the next engine to go on with."""
+        self._frozen = True
 
     def keep_whole(self, core: EngineCore) -> None:
         """Whose requests are written down in one go when the journal can be written to again."""

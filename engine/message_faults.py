@@ -42,21 +42,28 @@ class Rule:
 
 @dataclass(slots=True)
 class FaultRules:
-    """The rules in force; decides and does nothing. The first one that meets a message has it."""
+    """The rules in force; decides and does nothing. The first one that meets a message has it. ``met``: how many
+    messages each of the last numbered ones has met."""
 
     rules: list[Rule] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("drop", "delay", "duplicate", "corrupt"), 0))
+    met: dict[int, int] = field(default_factory=dict)
 
     def add(self, faults: tuple[MessageFault, ...], now: float) -> None:
         """More rules. Those whose time is over make room."""
         alive = [one for one in self.rules if not one.fault.lasting_s or now <= one.since + one.fault.lasting_s]
         self.rules = [*alive, *(Rule(fault, now, random.Random(fault.seed)) for fault in faults)][-MAX_RULES:]
+        self.met.update(dict.fromkeys((fault.number for fault in faults if fault.number), 0))
+        while len(self.met) > MAX_RULES:
+            del self.met[next(iter(self.met))]
 
     def decide(self, direction: str, name: str, rank: int, now: float) -> MessageFault | None:
         """What befalls a message: ``direction`` is to_worker or from_worker, ``name`` that of its class."""
         for rule in self.rules:
             if rule.meets(direction, name, rank, now):
                 self.counts[rule.fault.kind] += 1
+                if rule.fault.number in self.met:
+                    self.met[rule.fault.number] += 1
                 return rule.fault
         return None
 
@@ -82,8 +89,8 @@ class MessageFaults:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many messages were dropped, delayed, duplicated and corrupted."""
-        return self.rules.counts
+        """How many messages were dropped, delayed, duplicated and corrupted, and met by each fault with a number."""
+        return self.rules.counts | {f"fault_{number}": times for number, times in self.rules.met.items()}
 
     def add(self, faults: tuple[MessageFault, ...], now: float) -> None:
         """From now on these happen, too."""
@@ -94,7 +101,7 @@ class MessageFaults:
         self.rules.rules.clear()
 
     def received(self, peer: bytes, message: FromWorkerSide) -> None:
-        """A message has come. One that is damaged on the way never decodes, so it is lost."""
+        """A message has come. Of one that is damaged on the way come bytes that do not decode."""
         rank = self._rank_of(peer)
         fault = self.rules.decide("from_worker", type(message).__name__, rank, self._now()) if rank >= 0 else None
         if fault is None:
@@ -104,6 +111,8 @@ class MessageFaults:
         elif fault.kind == "duplicate":
             self._take(peer, message)
             self._take(peer, message)
+        elif fault.kind == "corrupt":
+            self._router.take_encoded(peer, [DAMAGED])
 
     def send(self, peer: bytes, message: ToWorker) -> SendResult:
         """Send a message, or do to it what is to be done. One that is lost or late counts as sent."""

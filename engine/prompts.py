@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import operator
+import uuid
 from collections.abc import Sequence
+from typing import Any
 
+import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
-from drumline.engine.sampling_params import SamplingParams
+from drumline.engine.sampling_params import SERVED_FIELDS, SamplingParams
 from drumline.protocol.errors import InvalidConfig, InvalidRequest
 from drumline.protocol.messages import I32, ModelInfo, Submit
 
 LONGEST_REQUEST_ID = 256
 _ENCODE_IN_THREAD = 50_000
 _INT32_MAX = 2**31 - 1
+MAX_PARAMS_BYTES = 256 << 10
+_DEFAULTS = {name: getattr(SamplingParams(), name) for name in SERVED_FIELDS}
 
 
 def load_tokenizer(content: bytes) -> Tokenizer:
@@ -99,8 +104,10 @@ def submit_message(
     *,
     priority: int,
     data_parallel_rank: int | None,
+    durable: bool = False,
 ) -> Submit:
-    """The Submit of a request, with call id 0. Raises :class:`InvalidRequest` for what does not fit the model."""
+    """The Submit of a request, with call id 0 and a nonce of its own. ``durable``: it outlives its connection. Raises
+    :class:`InvalidRequest` for what does not fit the model."""
     if len(ids) >= info.max_model_len:
         # The engine checks this too, and more; but a frame beyond its limit would end the whole connection.
         valid = f"at most {info.max_model_len - 1} tokens (max_model_len {info.max_model_len} less one to generate)"
@@ -130,7 +137,31 @@ def submit_message(
         ignore_eos=params.ignore_eos,
         priority=priority,
         data_parallel_rank=-1 if data_parallel_rank is None else data_parallel_rank,
+        nonce=uuid.uuid4().hex,
+        durable=durable,
+        client_params=_as_bytes(params),
     )
+
+
+def _as_bytes(params: SamplingParams) -> bytes:
+    """``params`` for whoever reads the request later, without what has its default."""
+    told = {name: getattr(params, name) for name in SERVED_FIELDS if getattr(params, name) != _DEFAULTS[name]}
+    try:
+        content = msgspec.json.encode(told)
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("stop", "a lone surrogate", "strings that are Unicode") from error
+    if len(content) > MAX_PARAMS_BYTES:
+        raise InvalidRequest("params", f"{len(content)} bytes", f"at most {MAX_PARAMS_BYTES} bytes as JSON")
+    return content
+
+
+def params_from_bytes(content: bytes) -> SamplingParams:
+    """What :func:`submit_message` told of the parameters. Raises :class:`InvalidRequest` for anything else."""
+    try:
+        fields = msgspec.json.decode(content or b"{}", type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise InvalidRequest("client_params", str(error), "what this client library made") from error
+    return SamplingParams.from_mapping(fields)
 
 
 def _is_whole(value: object, low: int, high: int) -> bool:

@@ -200,6 +200,7 @@ def _core_config(config: EngineConfig, spec: ModelSpec, layout: Layout, max_mode
         enable_chunked_prefill=scheduler.enable_chunked_prefill,
         async_scheduling=scheduler.async_scheduling,
         max_waiting=scheduler.max_waiting,
+        resume_window_s=config.faults.resume_window_s,
     )
 
 

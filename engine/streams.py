@@ -15,7 +15,7 @@ from drumline.engine.detokenizer import Detokenizer, IncrementalText, TextDecode
 from drumline.engine.outputs import Logprob, RequestOutput
 from drumline.engine.sampling_params import SamplingParams
 from drumline.protocol.errors import ErrorInfo
-from drumline.protocol.messages import LogprobEntry, StreamEnd
+from drumline.protocol.messages import LogprobEntry, StreamEnd, Submit
 
 
 class Arrival(enum.Enum):
@@ -108,8 +108,10 @@ class RequestStream:
     """All sequences of one request, and where its reader stands in each.
 
     ``changed`` is set whenever there may be news for the reader, ``released`` once the engine is through with the
-    request and its id is free. ``resuming_since``: when a Resume was sent that is not answered yet. ``reader`` numbers
-    the readers, of whom the newest wins; ``left``: the reader has gone before the end.
+    request and its id is free. ``submit``: as it is to be said again to another coordinator, with the seed that was
+    drawn once it is ``accepted``; ``repeated``: it was said more than once and is not answered. ``resuming_since``:
+    when a Resume was sent that is not answered yet. ``reader`` numbers the readers, of whom the newest wins; ``left``:
+    the reader has gone before the end.
     """
 
     def __init__(
@@ -127,6 +129,9 @@ class RequestStream:
         self.params = params
         self.num_cached_tokens = 0
         self.error: ErrorInfo | None = None
+        self.submit: Submit | None = None
+        self.accepted = False
+        self.repeated = False
         self.resuming_since: float | None = None
         self.reader = 0
         self.left = False
@@ -213,6 +218,15 @@ class RequestStream:
     def closed(self) -> bool:
         """Every sequence has ended in the engine too: the request id is free."""
         return all(sequence.closed for sequence in self.sequences)
+
+    @property
+    def matched(self) -> list[tuple[int, int]]:
+        """Index and tokens of each sequence that a stop string or token has ended for its reader."""
+        return [
+            (sequence.index, len(sequence.token_ids))
+            for sequence in self.sequences
+            if sequence.finish_reason == "stop" and sequence.token_ids
+        ]
 
     def rewind(self, positions: Sequence[int]) -> None:
         """A new reader: the next :meth:`take` starts at ``positions``, one for each sequence, at most what is here."""

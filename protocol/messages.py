@@ -502,7 +502,7 @@ class Ack(Message, frozen=True, tag=44):
 
 
 class Resume(Message, frozen=True, tag=45):
-    """Deliver from ``positions[index]`` on.
+    """Deliver from ``positions[index]`` on, none given: from the start.
 
     To a coordinator that may know less than the client does (WelcomeClient says so) also all that the client has:
     ``submit``, with the seed that was drawn, and ``tokens[index]``, int32, every generated token that it has read.
@@ -554,7 +554,7 @@ class MessageFault(Part, frozen=True):
     ``kind``: drop, delay (by ``seconds``), duplicate, corrupt (bytes are replaced, so that it does not decode).
     ``direction``: to_worker, from_worker or both. ``messages``: names of messages, none: all. ``ranks``: none: all.
     ``probability`` per message, drawn from ``seed``; for ``lasting_s`` seconds (0.0: until the engine ends) and at most
-    ``times`` messages (0: any number).
+    ``times`` messages (0: any number). ``number``: messages that it has met are counted under it, 0: not by itself.
     """
 
     kind: str
@@ -566,11 +566,11 @@ class MessageFault(Part, frozen=True):
     seconds: float = 0.0
     lasting_s: float = 0.0
     times: int = 0
+    number: int = 0
 
 
 class InjectFaults(Message, frozen=True, tag=51):
-    """Bring faults upon the engine. ``number`` identifies the message fault in events; 0 for none. ``clear``: forget
-    what was ordered before and has not happened. ``full_disk``: 1 makes the journal find its disk full, 0 ends that,
+    """Bring faults upon the engine. ``clear``: forget what was ordered before and has not happened. ``full_disk``: 1 makes the journal find its disk full, 0 ends that,
     -1 leaves it as it is. Answered by FaultsInjected."""
 
     call_id: int

@@ -159,6 +159,11 @@ class Router(_AsyncLink[T]):
             if message is not None:
                 return frames[0], message
 
+    def take_encoded(self, identity: bytes, frames: Sequence[bytes]) -> T | None:
+        """The message in ``frames``, as if they had come from ``identity`` now; None, and counted, if they do not
+        decode."""
+        return self._link.decode(identity, list(frames))
+
     def send(self, identity: bytes, message: Message) -> SendResult:
         """Encode and send; never blocks. GONE: no such peer. FULL: ``hwm`` messages wait for it."""
         return self._send([identity, *self._link.encode(message)])

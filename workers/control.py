@@ -8,6 +8,7 @@ is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -53,6 +54,7 @@ FLUSH_DEADLINE_S = 1.0
 EXIT_OWNER_GONE = 3
 EXIT_TERMINATED = 143  # what a shell makes of SIGTERM
 _STDERR = 2
+_NOT_ADMITTED = "is not admitted"
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -140,6 +142,10 @@ class Control:
 
     def _lose_coordinator(self, error: EngineClosed) -> None:
         """Come out of the epoch and wait for the next one. Raises ``error`` when there is nothing to wait for."""
+        with contextlib.suppress(EngineClosed):  # a send may have found the end before its reason was read
+            while (message := self._connection.recv_nowait()) is not None:
+                if isinstance(message, Shutdown):
+                    self._take(message)
         if self._exit_at is not None or self._exit_code is not None:
             raise error
         if self._registration.lose(error, time.monotonic()):
@@ -212,6 +218,7 @@ class Control:
         else:
             newest = self._registration.newest
             if isinstance(message, Shutdown):
+                self._tell_why(message.reason)
                 self._exit_at = time.monotonic() + SHUTDOWN_GRACE_S
                 self.abort.abort_all(f"shutdown {message.reason}".rstrip())
                 self._config_known.set()
@@ -221,6 +228,13 @@ class Control:
             if isinstance(message, Step | Configure):
                 self._beats.work_comes(time.monotonic())
             self._hand_over(message)
+
+    def _tell_why(self, reason: str) -> None:
+        """A process whose place is taken says so: it may have been stopped while that happened."""
+        me = self.identity
+        if me.incarnation in reason or _NOT_ADMITTED in reason:
+            text = "this process (rank %d, incarnation %s) was replaced: %s"
+            log.warning(text, me.rank, me.incarnation, reason)
 
     def _take_load(self, load: Load) -> None:
         if load.term in self.outbox.loads:

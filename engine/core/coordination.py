@@ -100,8 +100,11 @@ class Coordination:
             return self._step_done(peer, message, now)
         if isinstance(message, CallResult):
             if membership.accepts(peer, message):
-                self.clocks[self._group_of[message.rank]].answered(message.call_id, now)
+                group = self._group_of[message.rank]
+                self.clocks[group].answered(message.call_id, now)
                 self._out.append(Called(message))
+                if group in self._joining:
+                    self._drained(group, now)
         elif isinstance(message, HelloSupervisor):
             self._react(membership.supervisor_hello(peer, message, now), now)
         elif isinstance(message, Spawned | Exited | Stopping | Beat):
@@ -196,8 +199,19 @@ class Coordination:
         self._react(self.membership.tick(now), now)
         if self.core is not None:
             self.core.tick(now)
+            if self._suspicion and self._confined_for_good():
+                self._suspicion.move(self.core)
+                self._out.extend(self._suspicion.take())
             for group in list(self._joining):
                 self._drained(group, now)
+
+    def _confined_for_good(self) -> bool:
+        """Whether the replica of the confined lacks a rank that is not started again."""
+        replica, core = self._suspicion.replica, self.core
+        if replica is None or core is None or replica in core.serving:
+            return False
+        ranks = self.config.layout.replica_ranks(replica // self.config.core.attention_data_parallel_size)
+        return any(self.membership.ranks[rank].crash_looping for rank in ranks)
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
@@ -267,7 +281,7 @@ class Coordination:
         self._drained(group, now)
 
     def _drained(self, group: int, now: float) -> None:
-        if self.core is not None and self.core.in_flight(group):
+        if self.core is not None and (self.core.in_flight(group) or self.clocks[group].owes_answers(now)):
             return
         self._joining.discard(group)
         self._react(self.membership.drained(group, now), now)

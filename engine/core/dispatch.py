@@ -35,6 +35,8 @@ class Dispatch:
         self._groups = groups
         self._together = groups[0].replicas
         self._router = Router(config.num_replicas)
+        # Who served when an epoch opened last.
+        self._served = np.zeros(config.num_replicas, dtype=np.bool_)
         # Requests in no queue, in the order of their arrival.
         self._held: dict[str, Request] = {}
 
@@ -101,13 +103,37 @@ class Dispatch:
         homeless += [request for request in self._held.values() if request.rows_held == 0]
         if not homeless:
             return False
-        homeless.sort(key=lambda request: request.sequences[0].arrival)
+        return self._settle(homeless, serving)
+
+    def opened(self) -> None:
+        """An epoch has opened: :meth:`resettle`, and where replicas serve that did not before, they get their share of
+        all that waits without a row."""
+        serving = self._serving()
+        gained = serving & ~self._served
+        self._served = serving.copy()
+        if gained.any() and not self.confinement:
+            self._settle(self._waiting_without_rows(), serving)
+        else:
+            self.resettle()
+
+    def _waiting_without_rows(self) -> list[Request]:
+        queues = (queue for group in self._groups for queue in group.scheduler.waiting)
+        found = dict.fromkeys(sequence.request for queue in queues for sequence in queue.all())
+        return [one for one in found if one.rows_held == 0]
+
+    def _settle(self, requests: list[Request], serving: Flags) -> bool:
+        requests.sort(key=lambda request: request.sequences[0].arrival)
         loads = self._loads()
+        for request in requests:
+            if request.request_id not in self._held:
+                loads[0][self._replica_of(request)] -= request.unended
         moves: list[tuple[Request, int]] = []
-        for request in homeless:
+        for request in requests:
             replica = self._find_place(request, serving, loads)
-            if replica is not None:
-                loads[0][replica] += request.unended
+            if replica is None:
+                continue
+            loads[0][replica] += request.unended
+            if replica != self._replica_of(request) or request.request_id in self._held:
                 moves.append((request, replica))
         self._move(moves)
         return bool(moves)
@@ -117,12 +143,15 @@ class Dispatch:
         return bool(self._held) and self.resettle()
 
     def _find_place(self, request: Request, serving: Flags, loads: tuple[npt.NDArray[np.int64], ...]) -> int | None:
-        """Where the request goes, None for nowhere."""
+        """Where the request goes or stays, None for nowhere: a replica that it asked for if that may be."""
         here = self._replica_of(request)
         allowed = self.confinement.allowed(request.request_id, serving, self._fits(request))
-        held = request.request_id in self._held
-        if allowed[here] or not allowed.any():
-            return here if held and not self._must_leave(request, here) else None
+        if not allowed.any():
+            return None if self._must_leave(request, here) else here
+        wished = np.zeros_like(allowed)
+        wished[self.wished(request.submit.data_parallel_rank)] = True
+        if (allowed & wished).any():
+            allowed &= wished
         waiting, running, unacknowledged = loads
         cached = self._cached(request.prompt, request.prefix)
         return self._router.choose(waiting, running, unacknowledged, allowed, cached).replica

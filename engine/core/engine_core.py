@@ -158,7 +158,8 @@ class EngineCore:
         self._settle()
         one = self._groups[group]
         self._book.rows_freed(one.open_epoch(epoch, range(one.replicas) if serving is None else serving, kept))
-        self._resettle()
+        self._book.dispatch.opened()
+        self._moved()
 
     def hold(self, group: int, held: bool) -> None:
         """While held the group plans no step; those in flight finish."""

@@ -107,6 +107,10 @@ class GroupClock:
         """A control call was sent to ``rank``, which runs it once it has run the steps that were sent before."""
         self._calls[call_id] = OpenCall(rank, self._sent, now + max(timeout_s, CALL_LEASE_S))
 
+    def owes_answers(self, now: float) -> bool:
+        """Whether a rank has a control call to answer, under a lease that still runs."""
+        return any(call.until > now for call in self._calls.values())
+
     def answered(self, call_id: int, now: float) -> None:
         """The rank answered the call: the steps behind it can begin."""
         call = self._calls.pop(call_id, None)

@@ -73,7 +73,8 @@ class Readers:
 
     def resume(self, connection: int, msg: Resume) -> Resumed | Rejected:
         """Every generated token so far. The request moves to ``connection``, with new handles, if it is another's.
-        Rejected when the id is not known, the request has failed, or the positions do not fit its sequences."""
+        Rejected when the id is not known, the request has failed, or the positions do not fit its sequences; none mean
+        the start."""
         request = self._register.by_id.get(msg.request_id)
         try:
             if request is None:
@@ -101,6 +102,8 @@ class Readers:
         )
 
     def _check_positions(self, request: Request, positions: Ordered[int]) -> None:
+        if not positions:
+            return
         if len(positions) != len(request.sequences):
             raise InvalidRequest("positions", list(positions), f"{len(request.sequences)} positions, one per index")
         group = self._groups[request.group]

@@ -17,7 +17,7 @@ _NONE = np.zeros(0, dtype=np.int32)
 _NONE.setflags(write=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepHeader:
     """What is the same in the messages to all replicas. ``tokens``: int32 (replicas that serve,)."""
 

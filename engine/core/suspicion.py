@@ -18,6 +18,8 @@ class Suspicion:
 
     def __init__(self) -> None:
         self.quarantine = Quarantine()
+        #: Where the confined run, counted over all groups.
+        self.replica: int | None = None
         self._numeric: dict[str, int] = {}
         self._suspects: dict[int, tuple[int, tuple[str, ...]]] = {}
         self._told: list[Tell] = []
@@ -88,9 +90,15 @@ class Suspicion:
         if self.quarantine.progressed(core.told_tokens((*confined.active, *confined.held))):
             self._confine(core)
 
+    def move(self, core: EngineCore) -> None:
+        """The replica of the confined will not serve again: another one takes them, where any serves."""
+        if core.serving:
+            self._confine(core)
+
     def _confine(self, core: EngineCore) -> None:
         now = self.quarantine.confinement
-        core.confine(now.active, now.held, max(core.serving, default=0) if now.active else None)
+        self.replica = max(core.serving, default=0) if now.active else None
+        core.confine(now.active, now.held, self.replica)
         text = "the quarantine is over"
         if now.active:
             text = f"{len(now.active)} requests are suspected to kill ranks and run apart; {len(now.held)} wait"

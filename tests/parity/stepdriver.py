@@ -117,6 +117,7 @@ class _Replica:
         self.cached: dict[tuple[int, ...], int] = {}
         self.captured: list[Tensor] = []
         self.dummy_steps = 0
+        self.restates = False
         original = runner.model.logits
 
         def capture(hidden: Tensor) -> Tensor | None:
@@ -152,22 +153,42 @@ class StepDriver:
         self.evict_chance = evict_chance
         self.share_prefixes = share_prefixes
         self.step = 0
-        self.counts = {"chunks": 0, "evictions": 0, "cached_tokens": 0, "mixed_steps": 0, "dummy_steps": 0}
+        names = ("chunks", "evictions", "cached_tokens", "mixed_steps", "dummy_steps", "restated_decodes")
+        self.counts = dict.fromkeys(names, 0)
 
     def close(self) -> None:
         mock.patch.stopall()
 
-    def run(self, streams_of_replicas: Sequence[Sequence[Stream]]) -> None:
-        """Run ``streams_of_replicas[i]`` on runner i until all are done."""
+    def run(self, streams_of_replicas: Sequence[Sequence[Stream]], steps: int | None = None) -> None:
+        """Run ``streams_of_replicas[i]``, and what is left of earlier ones, on runner i until all are done.
+
+        ``steps``: run so many instead, the last of them in vain: what it planned stands, and no result of it is known.
+        """
         for replica, streams in zip(self.replicas, streams_of_replicas, strict=True):
             replica.waiting.extend(streams)
         # OpenMP counts threads by thread: more than one each would only fight over the cores.
         workers = sum(len(replica.ranks) for replica in self.replicas)
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-            while any(replica.unfinished for replica in self.replicas):
-                self._run_step(threads)
+            while any(replica.unfinished for replica in self.replicas) if steps is None else steps > 0:
+                steps = None if steps is None else steps - 1
+                self._run_step(threads, void=steps == 0)
 
-    def _run_step(self, threads: ThreadPoolExecutor) -> None:
+    def restate(self, before: StepDriver, kept: dict[int, int]) -> None:
+        """Go on with what ``before`` has left undone, in an epoch that begins. ``kept``: replicas of before whose cache
+        is whole, to the replicas that they are now. The sequences of others start anew on the first."""
+        for place, old in enumerate(before.replicas):
+            if place in kept:
+                new = self.replicas[kept[place]]
+                new.rows = {row: stream for row, stream in old.rows.items() if not stream.done}
+                new.lanes, new.waiting = old.lanes, old.waiting
+                new.free, new.cached, new.restates = old.free, old.cached, True
+                continue
+            lost = [stream for stream in (*old.rows.values(), *old.waiting) if not stream.done]
+            for stream in lost:
+                stream.blocks, stream.computed, stream.decoding = [], 0, False
+            self.replicas[0].waiting = [*self.replicas[0].waiting, *lost]
+
+    def _run_step(self, threads: ThreadPoolExecutor, *, void: bool = False) -> None:
         lane = self.step % self.num_lanes
         plans = [self._plan(replica, lane) for replica in self.replicas]
         counts = np.array([sum(computes.values()) for _, computes in plans], dtype=np.int32)
@@ -183,6 +204,8 @@ class StepDriver:
         for run in everything:
             if run.done():
                 run.result()
+        if void:
+            return
         for replica, (_, computes), of_replica in zip(self.replicas, plans, runs, strict=True):
             outputs = [run.result(STEP_DEADLINE_S) for run in of_replica]
             assert all(not len(out.tokens) for place, out in enumerate(outputs) if place != replica.reporting)
@@ -190,8 +213,9 @@ class StepDriver:
 
     def _plan(self, replica: _Replica, lane: int) -> tuple[dict[str, Any], dict[int, int]]:
         """The changing parts of a step, and how many tokens each row computes in it."""
-        evicted = self._evict(replica)
-        admitted = self._admit(replica)
+        restated = self._restate(replica)
+        evicted = [] if restated else self._evict(replica)
+        admitted = restated + self._admit(replica)
         budget = self.random.choice((16, 40, replica.runner.config.max_num_batched_tokens))
         rows = {row: stream for row, stream in replica.rows.items() if replica.lanes[row] == lane}
         computes = {row: 1 for row, stream in rows.items() if stream.decoding and not stream.done}
@@ -244,10 +268,17 @@ class StepDriver:
                 stream.blocks = self._cached_blocks(replica, stream.tokens)
             stream.computed = len(stream.blocks) * replica.runner.config.block_size
             self.counts["cached_tokens"] += stream.computed
-            tokens, blocks = _int32(stream.tokens), _int32(stream.blocks)
-            length, sampling = len(stream.prompt), stream.sampling
-            admitted.append(Admit(row, tokens, length, stream.computed, blocks, sampling, lane))
+            admitted.append(_admission(row, stream, lane))
         return admitted
+
+    def _restate(self, replica: _Replica) -> list[Admit]:
+        """All rows of a replica that kept its cache, in the first step of an epoch."""
+        rows = replica.rows if replica.restates else {}
+        replica.restates = False
+        for stream in rows.values():
+            self.counts["restated_decodes"] += stream.decoding
+            stream.decoding = False
+        return [_admission(row, stream, replica.lanes[row]) for row, stream in rows.items()]
 
     def _cached_blocks(self, replica: _Replica, tokens: list[int]) -> list[int]:
         size, blocks = replica.runner.config.block_size, []
@@ -283,6 +314,11 @@ class StepDriver:
                 sampled += 1
         assert sampled == len(output.tokens)
         replica.captured.clear()
+
+
+def _admission(row: int, stream: Stream, lane: int) -> Admit:
+    tokens, blocks = _int32(stream.tokens), _int32(stream.blocks)
+    return Admit(row, tokens, len(stream.prompt), stream.computed, blocks, stream.sampling, lane)
 
 
 def _int32(values: list[int]) -> np.ndarray[Any, np.dtype[np.int32]]:

@@ -13,6 +13,7 @@ import numpy as np
 from drumline.engine.core.batch_table import DRAIN, FREE
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.outputs import ConnectionOutput
+from drumline.engine.core.restored import RestoredRequest
 from drumline.protocol.messages import Accepted, Cancel, Resume, Resumed, Stop
 from tests.simulation.clients import Client, Stream
 from tests.simulation.invariants import groups_of
@@ -44,6 +45,7 @@ class HarshSimulation(Simulation):
         self._connected = CONNECTIONS
         self._dead: set[int] = set()
         self._away: set[str] = set()
+        self._cancelled_on: dict[str, int] = {}
         self._confined: tuple[set[str], set[str], int] | None = None
         for mishap, most in ((self._take_over, 2), (self._confine, 2)):
             for _ in range(self._random.randint(0, most)):
@@ -91,6 +93,10 @@ class HarshSimulation(Simulation):
         plan.connection = self._number_of[plan.connection - 1]
         super()._submit(plan)
 
+    def _check_pin(self, plan: Plan, replica: int) -> None:
+        if self._confined is None:
+            super()._check_pin(plan, replica)
+
     def _check_twice(self, plan: Plan) -> None:
         """The same submission is answered again, under new handles; another one with the id is refused."""
         super()._check_twice(Plan(msgspec.structs.replace(plan.submit, nonce="another"), plan.connection, plan.at))
@@ -106,7 +112,8 @@ class HarshSimulation(Simulation):
         number = self._number_of[connection - 1]
         self._hang_up(connection - 1)
         self.core.drop_connection(number, self.now)
-        self._lose(client for client in self.clients.requests.values() if client.connection == number)
+        clients = self.clients.requests.items()
+        self._lose([one for name, one in clients if number in (one.connection, self._cancelled_on.get(name))])
 
     def _hang_up(self, which: int) -> None:
         self._dead.add(self._number_of[which])
@@ -123,7 +130,11 @@ class HarshSimulation(Simulation):
             self._go_on(client, self._random.choice(self._number_of))
 
     def _cancel(self, client: Client) -> None:
-        self._once_back(client, super()._cancel, client)
+        self._once_back(client, self._send_cancel, client)
+
+    def _send_cancel(self, client: Client) -> None:
+        self._cancelled_on[client.plan.submit.request_id] = client.connection
+        super()._cancel(client)
 
     def _stop(self, client: Client, stream: Stream) -> None:
         self._once_back(client, super()._stop, client, stream)
@@ -143,8 +154,9 @@ class HarshSimulation(Simulation):
         connection = self._random.choice(self._number_of)
         if not client.forgotten:
             self._go_on(client, connection)
-        for call_id in client.cancel_calls:
+        for call_id in client.cancel_calls if self._cancelled_on.get(request_id) in self._dead else ():
             if not sum(n for (_, call), n in self._confirmed.items() if call == call_id):
+                self._cancelled_on[request_id] = connection
                 self.core.cancel(connection, Cancel(call_id, request_id), self.now)
 
     def _go_on(self, client: Client, connection: int) -> None:
@@ -187,6 +199,7 @@ class HarshSimulation(Simulation):
         known = self._journal.requests()
         kept = [one for one in known if self._random.random() >= self._forgetful]
         self.seen["forgotten_by_journal"] += len(known) - len(kept)
+        kept = [self._without_newest(one) if self._random.random() < self._forgetful else one for one in kept]
         self.core = EngineCore(self.config, self.scenario.num_blocks, term=1, seed=self.seen["takeover"])
         self._groups = groups_of(self.core)
         self._rules = StepRules(self.core, self.config, self.fleet.serving)
@@ -203,6 +216,20 @@ class HarshSimulation(Simulation):
             self.fleet.close(group, self.fleet.members(group))
             self._soon(1.0, partial(self._reopen, group, self._closings[group]))
         self._lose(self.clients.requests.values())
+
+    def _without_newest(self, one: RestoredRequest) -> RestoredRequest:
+        """What a journal knows that missed the last tokens of a request, and how it ended."""
+        if any(stream.end is not None for stream in self.clients.requests[one.submit.request_id].streams):
+            return one  # a client asks no more for what it saw end
+        counts = [self._random.randint(0, len(own)) for own in one.tokens]
+        self.seen["tokens_forgotten"] += 1
+        return RestoredRequest(
+            one.submit,
+            one.first_handle,
+            tuple(own[:count] for own, count in zip(one.tokens, counts, strict=True)),
+            tuple(own[:count] for own, count in zip(one.logprobs, counts, strict=True)),
+            (None,) * one.submit.n,
+        )
 
     # ------------------------------------------------------------------------------------------------------ invariants
 

@@ -109,16 +109,19 @@ class Simulation:
             return
         replica = self._replica_of(plan.submit.request_id)
         client = self.clients.accepted(plan, answer, self.scenario.num_blocks[replica])
-        pinned = plan.submit.data_parallel_rank
-        size = self.config.attention_data_parallel_size
-        wished = set(range(pinned * size, (pinned + 1) * size))
-        if pinned >= 0 and replica not in wished and wished <= self.core.serving:
-            raise RuleBrokenError(f"{plan.submit.request_id} went to replica {replica}, pinned to {pinned}")
+        self._check_pin(plan, replica)
         if plan.cancel_at >= 0:
             self._at(max(plan.cancel_at, self.now), partial(self._cancel, client))
         if plan.resume_at >= 0:
             self._at(max(plan.resume_at, self.now), partial(self._resume, client))
         self._check_twice(plan)
+
+    def _check_pin(self, plan: Plan, replica: int) -> None:
+        pinned = plan.submit.data_parallel_rank
+        size = self.config.attention_data_parallel_size
+        wished = set(range(pinned * size, (pinned + 1) * size))
+        if pinned >= 0 and replica not in wished and wished <= self.core.serving:
+            raise RuleBrokenError(f"{plan.submit.request_id} went to replica {replica}, pinned to {pinned}")
 
     def _check_twice(self, plan: Plan) -> None:
         again = self.core.submit(plan.connection, plan.submit, self.now)

@@ -320,6 +320,12 @@ class SimulatedEngine:
         finally:
             beating.cancel()
 
+    async def supervisor_told(self, wanted: Callable[[ToSupervisor], bool]) -> None:
+        """Returns once the supervisor has been told something that is ``wanted``."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not any(wanted(message) for message in self.told):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
     async def _beat(self) -> None:
         while True:
             self.supervisor.send(Beat(1))

@@ -324,7 +324,7 @@ async def test_a_reply_that_cannot_be_right_is_the_loss_of_the_rank(runtime_root
         assert "impossible reply" in fault.text
         expected = list(expected_output(list(PROMPT), SEED, 0, frozenset(), 0, 8, welcome.info.vocab_size).tokens)
         assert await read_stream(client, int(accepted.handles[0]), 8) == expected
-        assert any(isinstance(message, Kill) and message.rank == 0 for message in engine.told)
+        await engine.supervisor_told(lambda message: isinstance(message, Kill) and message.rank == 0)
 
 
 async def test_replies_to_steps_that_were_never_sent_are_dropped_and_counted(runtime_root: Path) -> None:
@@ -385,7 +385,7 @@ async def test_a_rank_that_hangs_is_told_from_the_one_that_waits_for_it(runtime_
         assert (fault.rank, fault.fault) == (1, "wedged")
         assert "furthest behind in step" in fault.text
         await client.read(Finished)
-        assert any(isinstance(message, Kill) and message.rank == 1 for message in engine.told)
+        await engine.supervisor_told(lambda message: isinstance(message, Kill) and message.rank == 1)
 
 
 async def hang(engine: SimulatedEngine, waiting: int, hanging: int) -> None:

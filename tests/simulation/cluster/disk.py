@@ -11,6 +11,7 @@ import numpy as np
 
 from drumline.engine.core.restored import RestoredRequest
 from drumline.engine.journal import Batch
+from drumline.engine.journal.writer import WHOLE_AFTER_S
 from drumline.protocol.messages import LogprobEntry, StreamEnd, Submit
 from tests.simulation.worker import RuleBrokenError
 
@@ -155,9 +156,18 @@ class SimJournal:
         self._gone = False
         self.state = "on"
         self.superseded = False
+        self._knows_all = disk.whole
+        if not disk.whole:
+            self._clock.after(WHOLE_AFTER_S, self._heal)
         if disk.full:
             self.state = "degraded"
             self._clock.after(RETRY_S, self._retry)
+
+    def _heal(self) -> None:
+        """Whoever still had something to bring has brought it by now."""
+        if not self._gone:
+            self._knows_all = True
+            self._disk.whole = self.state == "on"
 
     def append(self, batch: Batch, on_committed: Callable[[], None]) -> None:
         """Commit ``batch`` after those before, then call ``on_committed``."""
@@ -212,7 +222,7 @@ class SimJournal:
     def recover(self, snapshot: Sequence[RestoredRequest]) -> None:
         """Keep ``snapshot`` in place of all there was, and go on."""
         self._disk.replace(snapshot)
-        self._disk.whole = True
+        self._disk.whole = self._knows_all
         self.state = "on"
         self._clock.seen["journal_recovered"] += 1
         self._on_state("on", "the journal is whole again")

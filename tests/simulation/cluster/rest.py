@@ -22,7 +22,7 @@ class Rest:
     def whole(self) -> bool:
         """Whether every rank computes again, except those that end again and again."""
         host = self.cluster.hub.host
-        if host is None or host.core is None:
+        if host is None or host.core is None or not host.core.idle:
             return False
         membership = host.coordination.membership
         if any(group.stage is not GroupStage.OPEN for group in membership.groups):

@@ -130,6 +130,15 @@ class Rules:
 
     def resume_rejected(self, asked: Asked, error: ErrorInfo) -> None:
         """A request that was taken in and has not ended for its client can be resumed."""
+        if error.kind in ("poisoned", "numeric"):
+            asked.failed = error
+            self.request_failed(asked, error)
+            return
+        faults = self.cluster.faults
+        if asked.seed in faults.poison or self._hits.get(asked.seed, 0) >= 2 or faults.from_inside >= SUSPICIOUS:
+            # It has failed, and the coordinator that could have said why is gone.
+            asked.lost = True
+            return
         if asked.forgot and (not self.cluster.disk.whole or self.cluster.was_degraded):
             asked.lost = True
             return

@@ -8,6 +8,7 @@ from drumline.engine.core.batch_table import DECODE, PREFILL
 from drumline.engine.core.config import CoreConfig
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.wave import WaveState
+from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import Step
 from tests.simulation.invariants import groups_of
 from tests.simulation.worker import RuleBrokenError
@@ -18,8 +19,8 @@ class ClusterStepRules:
 
     def __init__(self, core: EngineCore, config: CoreConfig) -> None:
         self._core = core
-        self._plan = core.plan
-        core.plan = self.plan  # type: ignore[method-assign]  # every plan comes through here
+        self._plan, self._fail = core.plan, core.fail
+        core.plan, core.fail = self.plan, self.fail  # type: ignore[method-assign]  # all of them come through here
         self._groups = groups_of(core)
         self._per_group = config.replicas_per_group
         self._config = config
@@ -39,6 +40,11 @@ class ClusterStepRules:
                 self._next_wave[index] += 1
             if group.wave.state is WaveState.PAUSED and group.in_flight:
                 raise RuleBrokenError(f"group {index}: wave {group.wave.number} is paused with steps in flight")
+
+    def fail(self, request_id: str, error: ErrorInfo) -> None:
+        """A request fails. Others that were kept waiting for that may come at once, in the next wave."""
+        self._fail(request_id, error)
+        self.note_finished_waves()
 
     def plan(self, now: float) -> list[tuple[int, Step]]:
         """What the core plans, looked at before anything else happens."""

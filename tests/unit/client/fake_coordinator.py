@@ -15,8 +15,8 @@ import zmq
 from drumline.engine import client
 from drumline.engine.client import AsyncEngine
 from drumline.engine.config import EngineConfig
-from drumline.engine.connection import Timing
 from drumline.engine.outputs import RequestOutput
+from drumline.engine.presence import Timing
 from drumline.engine.sampling_params import SamplingParams
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import ErrorInfo
@@ -29,6 +29,8 @@ from drumline.protocol.messages import (
     HelloClient,
     LogprobEntry,
     ModelInfo,
+    Resume,
+    Resumed,
     StreamEnd,
     Submit,
     ToClient,
@@ -49,11 +51,14 @@ def i32(*values: int) -> I32:
 class FakeCoordinator:
     """Takes messages off the wire in order; ``expect`` waits for the next one of a type and keeps the others."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, term: int = 1, knows_all: bool = True) -> None:
         self.endpoint = endpoint
+        self.term = term
+        self.knows_all = knows_all
         self.failed: asyncio.Future[ErrorInfo] = asyncio.get_running_loop().create_future()
         self.closed = False
         self.received: list[FromClient] = []
+        self.successors: list[FakeCoordinator] = []
         self.frame = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._router: Router[FromClient] = Router(self._context, endpoint, Codec(FromClient))
@@ -82,19 +87,46 @@ class FakeCoordinator:
     def send(self, message: ToClient) -> None:
         self._router.send(self._peer, message)
 
-    async def welcome(self, tokenizer: bytes | None = None, version: int = PROTOCOL_VERSION) -> None:
-        await self.expect(HelloClient)
+    async def welcome(self, tokenizer: bytes | None = None, version: int = PROTOCOL_VERSION) -> HelloClient:
+        hello = await self.expect(HelloClient)
         content = byte_tokenizer().to_str().encode() if tokenizer is None else tokenizer
         info = ModelInfo("m", "m", 257, 1000, (256,), 2, 999, has_tokenizer=bool(content))
-        self.send(WelcomeClient(version, 1, "digest", info, content))
+        self.send(WelcomeClient(version, self.term, "digest", info, content, self.knows_all))
+        return hello
+
+    def handles(self, n: int) -> list[int]:
+        """Stream handles that were not used before."""
+        self._handles += n
+        return list(range(self._handles - n, self._handles))
 
     async def accept(self) -> tuple[Submit, list[int]]:
         """Accepts the next Submit; returns it with its stream handles."""
         submit = await self.expect(Submit)
-        handles = list(range(self._handles, self._handles + submit.n))
-        self._handles += submit.n
+        handles = self.handles(submit.n)
         self.send(Accepted(submit.call_id, submit.request_id, i32(*handles), 1, num_cached_tokens=0))
         return submit, handles
+
+    async def resume(
+        self, submit: Submit, ids: Sequence[Sequence[int]], ends: tuple[StreamEnd, ...] = ()
+    ) -> tuple[Resume, list[int]]:
+        """Answers the next Resume: ``ids`` by index have been generated. Returns it with the new handles."""
+        resume = await self.expect(Resume)
+        handles = self.handles(submit.n)
+        tokens = tuple(i32(*one) for one in ids)
+        self.send(
+            Resumed(
+                resume.call_id,
+                submit.request_id,
+                submit.prompt,
+                i32(*handles),
+                tokens,
+                ends,
+                client_params=submit.client_params,
+                seed=1,
+                max_tokens=submit.max_tokens,
+            )
+        )
+        return resume, handles
 
     def tokens(self, handle: int, position: int, ids: Sequence[int], logprobs: tuple[LogprobEntry, ...] = ()) -> None:
         """One frame with consecutive tokens of one stream."""
@@ -119,8 +151,19 @@ class FakeCoordinator:
         self._task.cancel()
         self._router.close(0.0)
 
+    async def succeeded(self, term: int, knows_all: bool = True) -> FakeCoordinator:
+        """Another coordinator takes the place of this one, and has said welcome."""
+        self.vanish()
+        other = FakeCoordinator(self.endpoint, term, knows_all)
+        other._handles = self._handles + 100
+        self.successors.append(other)
+        await other.welcome()
+        return other
+
     async def close(self, timeout: float = 1.0) -> None:
         self.closed = True
+        for other in self.successors:
+            await other.close(timeout)
         self.vanish()
         await asyncio.gather(self._task, return_exceptions=True)
         self._context.term()

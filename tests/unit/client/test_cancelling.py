@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from drumline.engine.connection import Timing
 from drumline.engine.errors import (
     DuplicateRequest,
     RequestFailed,
 )
+from drumline.engine.presence import Timing
 from drumline.engine.sampling_params import SamplingParams
 from drumline.protocol.messages import (
     Ack,

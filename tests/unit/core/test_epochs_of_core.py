@@ -241,3 +241,37 @@ def test_without_chunked_prefill_a_restated_row_is_computed_whole() -> None:
     first, second = driver.plan()[0], driver.plan()[0]
     assert [admit.row for admit in first.admitted] == [0, 1]
     assert (prefills(first), prefills(second)) == ({0: 10}, {1: 10})
+
+
+def test_a_replica_that_joins_gets_its_share_of_what_waits() -> None:
+    driver = Driver(num_blocks=(16, 16), max_num_seqs=1)
+    reopen(driver, 2, [1], [0], [0])
+    for name in "abcde":
+        driver.accept(name, 4)
+    driver.core.plan(0.0)
+    reopen(driver, 3, [], [0, 1], [0])
+    assert [status.waiting for status in driver.core.replica_status()] == [2, 2]
+    steps = driver.plan()
+    assert [len(step.admitted) for step in steps] == [1, 1]
+
+
+def test_requests_that_waited_before_any_group_was_open_are_shared_out_among_groups() -> None:
+    driver = Driver(num_blocks=(16, 16), lockstep=False, epoch=False)
+    for name in "abcd":
+        driver.accept(name, 4)
+    driver.core.open_epoch(0, 1)
+    driver.core.open_epoch(1, 1)
+    assert [status.waiting for status in driver.core.replica_status()] == [2, 2]
+
+
+def test_a_request_that_waits_goes_back_to_the_replica_that_it_is_pinned_to() -> None:
+    driver = Driver(num_blocks=(16, 16), max_num_seqs=1)
+    reopen(driver, 2, [1], [0], [0])
+    driver.accept("runs", 4)
+    driver.core.plan(0.0)
+    driver.accept("a", 4, data_parallel_rank=1)
+    driver.accept("b", 4, data_parallel_rank=0)
+    reopen(driver, 3, [], [0, 1], [0])
+    by_replica = [step.admitted for step in driver.plan()]
+    assert [len(admitted) for admitted in by_replica] == [1, 1]
+    assert driver.core.requests_in_rows(0, 1, [0]) == ("a",)

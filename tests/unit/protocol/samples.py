@@ -310,6 +310,7 @@ SAMPLES: tuple[m.Message, ...] = (
                 seconds=0.1,
                 lasting_s=5.0,
                 times=9,
+                number=6,
             ),
         ),
         clear=True,

@@ -7,7 +7,7 @@ import traceback
 import msgspec
 
 from drumline.protocol.errors import DrumlineError, ErrorInfo
-from drumline.workers.control import Identity
+from drumline.workers.identity import Identity
 from drumline.workers.progress import Position
 
 
@@ -15,7 +15,7 @@ def describe(error: BaseException, identity: Identity, at: Position) -> ErrorInf
     """``error`` with its traceback, the rank it happened on, and where that rank was."""
     if isinstance(error, DrumlineError):
         info = error.info
-    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    elif _is_out_of_memory(error):
         info = ErrorInfo(kind="out_of_memory", text=f"{type(error).__name__}: {error}")
     else:
         info = ErrorInfo(kind="internal", text=f"{type(error).__name__}: {error}")
@@ -27,3 +27,9 @@ def describe(error: BaseException, identity: Identity, at: Position) -> ErrorInf
         step=at.step if info.step < 0 else info.step,
         traceback="".join(traceback.format_exception(error)),
     )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)

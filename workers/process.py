@@ -17,8 +17,9 @@ from pathlib import Path
 from drumline.protocol.errors import DrumlineError
 from drumline.protocol.messages import Fault
 from drumline.workers import lifeline
-from drumline.workers.control import Control, Identity
+from drumline.workers.control import Control
 from drumline.workers.faults import describe
+from drumline.workers.identity import Identity
 from drumline.workers.signals import take_signals
 
 log = logging.getLogger(__name__)

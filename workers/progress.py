@@ -6,6 +6,7 @@ a change.
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 
@@ -21,7 +22,8 @@ class Position(NamedTuple):
 
 
 class Progress:
-    """The progress record of one rank."""
+    """The progress record of one rank. ``busy``: a step runs, or an epoch forms. ``idle_since``: when the last step of
+    the open epoch ended (monotonic seconds), None while one runs or no epoch is open."""
 
     def __init__(self) -> None:
         self.position = Position()
@@ -29,6 +31,10 @@ class Progress:
         self.load_total = 0
         #: Of the configuration that the weights were loaded for, empty until they are.
         self.loaded_digest = ""
+        #: How long the step that runs may take, whatever recent ones took, in seconds; 0.0: no longer than those.
+        self.lease_s = 0.0
+        self.busy = False
+        self.idle_since: float | None = None
         self.steps = 0
         self.dummy_steps = 0
         self.stale = 0
@@ -38,12 +44,34 @@ class Progress:
         """The epoch is in force, and no step of it has run."""
         self.position = Position(term, epoch)
 
+    def begin_forming(self) -> None:
+        """The epoch's experts and groups are made: from here on this rank may wait for others."""
+        self.busy = True
+
+    def open_epoch(self) -> None:
+        """The epoch is formed, and idle."""
+        self.busy = False
+        self.idle_since = time.monotonic()
+
+    def leave_epoch(self) -> None:
+        """No step runs, and none is to be expected."""
+        self.idle_since = None
+        self.busy = False
+        self.lease_s = 0.0
+
     def begin_step(self, step: int, dummy: bool) -> None:
         """``step`` runs and has entered no collective. ``dummy``: this replica has no tokens in it."""
         term, epoch, *_ = self.position
         self.position = Position(term, epoch, step)
+        self.idle_since = None
+        self.busy = True
         self.steps += 1
         self.dummy_steps += dummy
+
+    def end_step(self) -> None:
+        """The step is over."""
+        self.busy = False
+        self.idle_since = time.monotonic()
 
     def enter_collective(self) -> None:
         """The next collective of the step is entered: from here on this rank may wait for others."""

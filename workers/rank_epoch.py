@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,17 +35,23 @@ class RankEpoch:
         self._control = control
         self._me = control.identity
         self._store: object = None
+        self._store_of = (-1, -1)
 
     def open_store(self, message: OpenStore) -> None:
         """Open the epoch's store and say where it listens; nothing for an epoch that is over."""
         if self.fence.is_stale(message.term, message.epoch):
             return
+        if (message.term, message.epoch) == self._store_of:
+            self.fence.stale += 1  # the members meet at the one that is open
+            return
+        self._store_of = (message.term, message.epoch)
         self._store = None  # a fixed port is free for the new store once the old one is gone
         self._store, host, port = open_store(message.host, message.port, STORE_DEADLINE_S)
         self._control.send(StoreReady(message.term, message.epoch, self._me.rank, host, port))
 
-    def enter(self, message: Configure, config: WorkerConfig, runner: ModelRunner) -> bool:
-        """Bring the experts into place and meet the other members. False for an epoch that is over.
+    def enter(self, message: Configure, config: WorkerConfig, runner: ModelRunner, begins: Callable[[], None]) -> bool:
+        """Bring the experts into place and meet the other members. False for an epoch that is over. ``begins`` is
+        called once this rank is known to be in it.
 
         Raises ProtocolError for an order that does not fit, EpochAborted, PeerLost, GroupTimeout, StoreError.
         """
@@ -56,6 +63,8 @@ class RankEpoch:
         place = EpochPlace.of(config.layout, [member.rank for member in message.members], self._me.rank)
         if place.parked != (message.role == "parked"):
             raise ProtocolError(f"role {message.role} for rank {self._me.rank}; members: {list(place.ranks)}")
+        self._control.progress.begin_forming()
+        begins()
         runner.reset()
         transfer = self._transfer_group(message, config, runner)
         try:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
-import numpy as np
-import torch
 
-from drumline.protocol.codec import config_digest
 from drumline.protocol.errors import DrumlineError, ErrorInfo, ProtocolError
 from drumline.protocol.messages import (
     Call,
@@ -21,28 +17,23 @@ from drumline.protocol.messages import (
     Configure,
     Fault,
     Leave,
-    Left,
     Load,
-    Loaded,
     OpenStore,
-    Ready,
     Shutdown,
     Step,
     StepDone,
-    ToWorker,
     WelcomeWorker,
     WorkerConfig,
 )
-from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.stateless import StoreError
 from drumline.workers.abort import EpochAborted
 from drumline.workers.control import Control
 from drumline.workers.epoch_groups import EpochGroups
 from drumline.workers.faults import describe
 from drumline.workers.groups import GroupTimeout, PeerLost
-from drumline.workers.held_bytes import held_bytes
-from drumline.workers.host_share import choose_device, choose_threads
-from drumline.workers.loading_turn import loading_turn
+from drumline.workers.inbox import CoordinatorLost, Order, Trigger
+from drumline.workers.injection import FaultInjector, points_of
+from drumline.workers.loaded_model import LoadedModel
 from drumline.workers.model_runner import ModelRunner, NumericFault
 from drumline.workers.rank_epoch import RankEpoch
 from drumline.workers.remote_methods import RemoteMethods, failure, remote
@@ -50,6 +41,10 @@ from drumline.workers.remote_methods import RemoteMethods, failure, remote
 log = logging.getLogger(__name__)
 
 EXIT_LOAD_FAILED = 1
+WARM_UP_STEPS = 3
+WARM_UP_LEASE_S = 60.0
+"""How long each of a process's first ``WARM_UP_STEPS`` with tokens may take: memory is touched, kernels are chosen."""
+_NOT_ADMITTED = "is not admitted"
 
 # An epoch that could not be formed is no fault of this process: it stays, with its weights, for the next one.
 _EPOCH_ERRORS = (StoreError, PeerLost, GroupTimeout, ProtocolError)
@@ -70,9 +65,16 @@ class Worker:
         self._progress = control.progress
         self._epoch = RankEpoch(control)
         self._config: WorkerConfig | None = None
-        self._runner: ModelRunner | None = None
-        self._sizes = (0, 0, 0)
-        self._load_s = 0.0
+        self._model: LoadedModel | None = None
+        self._has_computed = False
+        self._warm_steps = 0
+        self._injections = control.faults.waiting
+        self._injector = FaultInjector(
+            self._injections,
+            tell=lambda one: control.outbox.put_and_flush(control.faults.injected(one)),
+            finish=control.finish,
+            spoil=lambda: self._loaded().spoil_next_logits(),
+        )
         self._handlers: dict[type, Callable[[Any], None]] = {
             WelcomeWorker: self._welcome,
             Load: self._load,
@@ -81,6 +83,8 @@ class Worker:
             Configure: self._configure,
             Step: self._step,
             Call: self._call,
+            CoordinatorLost: self._lose_coordinator,
+            Trigger: self._trigger,
         }
         self._remote = RemoteMethods(self, Worker)
 
@@ -90,6 +94,7 @@ class Worker:
             self._progress.stale = self._epoch.fence.stale
             message = self._control.inbox.get()
             if isinstance(message, Shutdown):
+                self._tell_why(message)
                 self._leave_epoch()
                 return 0
             try:
@@ -98,10 +103,16 @@ class Worker:
                 log.info("left: %s", error.text)
                 self._leave_epoch()
             except Exception as error:  # every fault of a rank is told, whatever it is
-                fatal = self._runner is None and not isinstance(error, _EPOCH_ERRORS)
+                fatal = self._model is None and not isinstance(error, _EPOCH_ERRORS)
                 self._tell_fault(error, message)
                 if fatal and isinstance(message, Load | WelcomeWorker):
                     return EXIT_LOAD_FAILED
+
+    def _tell_why(self, message: Shutdown) -> None:
+        """A process whose place is taken says so; it may have been stopped while that happened."""
+        if self._me.incarnation in message.reason or _NOT_ADMITTED in message.reason:
+            who = (self._me.rank, self._me.incarnation)
+            log.warning("this process (rank %d, incarnation %s) was replaced: %s", *who, message.reason)
 
     # ----------------------------------------------------------------------------------------------- loading and epochs
 
@@ -110,48 +121,17 @@ class Worker:
 
     def _load(self, message: Load) -> None:
         """Load the model, unless it is loaded, and say so."""
-        config = self._known_config()
-        if self._runner is None:
-            self._read_model(config, message)
-        num_blocks, block_bytes, weight_bytes = self._sizes
-        runner = self._loaded()
-        self._control.send(
-            Loaded(
-                message.term,
-                self._me.rank,
-                config_digest(config),
-                num_blocks,
-                block_bytes,
-                weight_bytes,
-                self._load_s,
-                runner.device.type,
-                runner.free_bytes(),
-            )
-        )
+        if self._model is None:
+            begin, check = self._progress.loaded, self._control.abort.check_all
 
-    def _read_model(self, config: WorkerConfig, message: Load) -> None:
-        start = time.monotonic()
-        if message.num_blocks:
-            config = msgspec.structs.replace(config, num_blocks=message.num_blocks)
-        spec = ModelSpec.from_folder(config.model)
-        runner = ModelRunner(config, spec, choose_device(config, self._me.rank), config.layout, self._me.rank)
+            def progress(done: int, total: int) -> None:
+                begin(done, total)
+                check()
+                self._injector.reach("loading")
 
-        def progress(done: int, total: int) -> None:
-            self._progress.loaded(done, total)
-            self._control.abort.check_all()
-
-        with loading_turn(config, self._control.abort.check_all):
-            runner.load(np.array(message.experts, dtype=np.int32), progress)
-        weight_bytes = held_bytes(runner.model)
-        num_blocks, block_bytes = runner.init_kv_cache()
-        self._sizes = (num_blocks, block_bytes, weight_bytes)
-        self._load_s = time.monotonic() - start
-        self._runner = runner
-        self._progress.loaded_digest = config_digest(self._known_config())
-        threads = choose_threads(config, weight_bytes)
-        torch.set_num_threads(threads)
-        text = "rank %d, pid %d: loaded %d bytes of weights in %.2f s, %d KV blocks, %d torch threads"
-        log.info(text, self._me.rank, os.getpid(), weight_bytes, self._load_s, num_blocks, threads)
+            self._model = LoadedModel(self._known_config(), self._me.rank, message, progress, check)
+            self._progress.loaded_digest = self._model.digest
+        self._control.send(self._model.loaded(message.term))
 
     def _leave(self, message: Leave) -> None:
         """Come out of every older epoch and say what is held."""
@@ -159,12 +139,8 @@ class Worker:
             return
         self._progress.enter_epoch(message.term, message.epoch)
         self._leave_epoch()
-        runner = self._loaded()
-        if runner.device.type == "cuda":
-            torch.cuda.synchronize(runner.device)
-        self._control.send(
-            Left(message.term, message.epoch, self._me.rank, runner.held(), self._sizes[0], runner.free_bytes())
-        )
+        self._injector.reach("leave")
+        self._control.send(self._known_model().left(message))
 
     def _open_store(self, message: OpenStore) -> None:
         self._epoch.open_store(message)
@@ -172,38 +148,51 @@ class Worker:
     def _configure(self, message: Configure) -> None:
         config, runner = self._known_config(), self._loaded()
         self._leave_epoch()
-        if not self._epoch.enter(message, config, runner):
+        if not self._epoch.enter(message, config, runner, lambda: self._regroups(message)):
             return
+        self._has_computed = self._has_computed or message.role == "compute"
         gc.collect()
         gc.freeze()  # what lives now lives long; collections from here on look at the rest
-        num_blocks, block_bytes, weight_bytes = self._sizes
-        self._control.send(
-            Ready(
-                message.term,
-                message.epoch,
-                self._me.rank,
-                config_digest(config),
-                num_blocks,
-                block_bytes,
-                weight_bytes,
-                self._load_s,
-                runner.device.type,
-            )
-        )
+        self._progress.open_epoch()
+        self._control.send(self._known_model().ready(message.term, message.epoch))
+
+    def _regroups(self, message: Configure) -> None:
+        joins = message.role == "compute" and not self._has_computed
+        self._injector.reach("regroup", *(("joining",) if joins else ()))
+
+    def _lose_coordinator(self, order: CoordinatorLost) -> None:
+        log.info("out of the epoch: %s", order.text)
+        self._leave_epoch()
+
+    def _trigger(self, order: Trigger) -> None:
+        self._injector.bring(order.injection)
 
     def _leave_epoch(self) -> None:
         """Give up the groups and refuse what is left of the epoch. Never blocks."""
-        self._epoch.leave(self._runner)
+        self._epoch.leave(None if self._model is None else self._model.runner)
+        self._progress.leave_epoch()
 
     # --------------------------------------------------------------------------------------------------------- steps
 
     def _step(self, step: Step) -> None:
         if not self._epoch.fence.admit(step):
             return
-        runner = self._loaded()
+        runner, progress = self._loaded(), self._progress
         counts, replica = step.num_tokens_across_dp, runner.place.replica
-        self._progress.begin_step(step.step, dummy=replica >= len(counts) or not int(counts[replica]))
+        computes = replica < len(counts) and int(counts[replica]) > 0
+        progress.begin_step(step.step, dummy=not computes)
+        warms_up = computes and self._warm_steps < WARM_UP_STEPS
+        if warms_up:
+            self._warm_steps += 1
+            self._control.grant_lease(WARM_UP_LEASE_S)
+        if self._injections.armed:
+            self._injector.reach(*points_of(step, computes), step=step.step)
+        start = time.monotonic()
         out = runner.execute(step)
+        self._injector.stretch(time.monotonic() - start, self._epoch.check)
+        progress.end_step()
+        if warms_up:
+            self._control.grant_lease(0.0)
         self._control.send(
             StepDone(step.term, step.epoch, self._me.rank, step.step, out.tokens, out.logprob_index, out.logprobs)
         )
@@ -258,7 +247,7 @@ class Worker:
 
     # -------------------------------------------------------------------------------------------------------- faults
 
-    def _tell_fault(self, error: Exception, message: ToWorker) -> None:
+    def _tell_fault(self, error: Exception, message: Order) -> None:
         info = describe(error, self._me, self._progress.position)
         # A typed error says what it means; only a surprise needs its traceback here. The coordinator gets both.
         text = info.text if isinstance(error, DrumlineError) else info.traceback
@@ -276,7 +265,10 @@ class Worker:
             raise ProtocolError("Configure found before Welcome")
         return self._config
 
-    def _loaded(self) -> ModelRunner:
-        if self._runner is None:
+    def _known_model(self) -> LoadedModel:
+        if self._model is None:
             raise ProtocolError("the model is not loaded")
-        return self._runner
+        return self._model
+
+    def _loaded(self) -> ModelRunner:
+        return self._known_model().runner

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,6 +20,7 @@ import zmq
 
 from drumline.protocol.codec import Codec, config_digest
 from drumline.protocol.messages import (
+    NO_FETCHES,
     PROTOCOL_VERSION,
     Admit,
     BeatWorker,
@@ -26,11 +28,18 @@ from drumline.protocol.messages import (
     Fault,
     FromWorker,
     HelloWorker,
+    Injection,
+    Leave,
+    Left,
+    Load,
+    Loaded,
     Member,
     Message,
+    OpenStore,
     Ready,
     SamplingSpec,
     Step,
+    StoreReady,
     WelcomeWorker,
     WorkerConfig,
 )
@@ -39,6 +48,7 @@ from drumline.protocol.sockets import Router, SendResult
 M = TypeVar("M", bound=Message)
 DEADLINE_S = 20.0
 NONE = np.zeros(0, dtype=np.int32)
+NO_EXPERTS = np.zeros((0, 0), dtype=np.int32)
 
 
 def i32(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -187,17 +197,60 @@ class CoordinatorEnd:
     def send_raw(self, rank: int, frames: list[bytes]) -> SendResult:
         return self.router.send_encoded(self._identities[rank], frames)
 
-    async def welcome(self, rank: int, config: WorkerConfig, term: int = 1) -> None:
-        await self.expect(HelloWorker, rank)
-        self.send(rank, WelcomeWorker(PROTOCOL_VERSION, term, config_digest(config), config))
+    async def welcome(
+        self, rank: int, config: WorkerConfig, term: int = 1, injections: tuple[Injection, ...] = ()
+    ) -> HelloWorker:
+        hello = await self.expect(HelloWorker, rank)
+        self.send(rank, WelcomeWorker(PROTOCOL_VERSION, term, config_digest(config), config, injections))
+        return hello
+
+    async def load(self, rank: int, config: WorkerConfig, placement: Any = NO_EXPERTS, term: int = 1) -> Loaded:
+        """Have ``rank`` load what it holds of ``placement``: its share, or with expert parallelism off everything."""
+        self.send(rank, Load(term, own_experts(config, placement, rank)))
+        return await self.expect(Loaded, rank)
+
+    async def leave(self, ranks: list[int], epoch: int, term: int = 1) -> list[Left]:
+        for rank in ranks:
+            self.send(rank, Leave(term, epoch))
+        return [await self.expect(Left, rank) for rank in ranks]
+
+    async def open_store(self, rank: int, epoch: int, term: int = 1) -> StoreReady:
+        self.send(rank, OpenStore(term, epoch, "127.0.0.1"))
+        store = await self.expect(StoreReady, rank)
+        assert (store.term, store.epoch, store.host) == (term, epoch, "127.0.0.1")
+        return store
 
     async def configure(
-        self, ranks: list[int], placement: Any, *, epoch: int = 1, host: str = "", port: int = 0, wait: bool = True
+        self,
+        ranks: list[int],
+        placement: Any,
+        *,
+        epoch: int = 1,
+        term: int = 1,
+        store: StoreReady | None = None,
+        parked: tuple[int, ...] = (),
+        fetches: Any = NO_FETCHES,
+        wait: bool = True,
     ) -> list[Ready]:
-        members = tuple(Member(rank, self.hellos[rank].incarnation) for rank in ranks)
-        for rank in ranks:
-            self.send(rank, Configure(1, epoch, "compute", members, host, port, placement))
-        return [await self.expect(Ready, rank) for rank in ranks] if wait else []
+        host, port = (store.host, store.port) if store is not None else ("", 0)
+        members, others = self._members(ranks), self._members(parked)
+        for rank in (*ranks, *parked):
+            role = "parked" if rank in parked else "compute"
+            order = Configure(term, epoch, role, members, host, port, placement, others, NONE, fetches)
+            self.send(rank, order)
+        return [await self.expect(Ready, rank) for rank in (*ranks, *parked)] if wait else []
+
+    def _members(self, ranks: Iterable[int]) -> tuple[Member, ...]:
+        return tuple(Member(rank, self.hellos[rank].incarnation) for rank in ranks)
+
+    def reopen(self) -> None:
+        """Go away, and be another coordinator at the same endpoint, to which nobody has said Hello."""
+        self.router.close(0.0)
+        self._identities.clear()
+        self._ranks.clear()
+        self._kept.clear()
+        self.hellos.clear()
+        self.router = Router(self._context, self.endpoint, Codec(FromWorker))
 
     def close(self) -> None:
         self.router.close(0.0)
@@ -223,8 +276,18 @@ def worker_config(model: Path | str, *, dp: int = 1, expert_parallel: bool = Fal
     return msgspec.structs.replace(config, **changes)
 
 
-def step(number: int, tokens_across_dp: list[int], *, epoch: int = 1, **changes: Any) -> Step:
-    plain = Step(1, epoch, 0, number, i32(*tokens_across_dp), NONE, (), NONE, NONE, NONE, NONE)
+def own_experts(config: WorkerConfig, placement: Any, rank: int) -> Any:
+    """The experts in the slots of ``rank`` under ``placement``, (0, 0) with expert parallelism off."""
+    layout = config.layout
+    if not config.enable_expert_parallel or not placement.size:
+        return NO_EXPERTS
+    share = placement.shape[1] // layout.ep_size
+    at = layout.ep_rank(rank)
+    return np.ascontiguousarray(placement[:, at * share : (at + 1) * share])
+
+
+def step(number: int, tokens_across_dp: list[int], *, epoch: int = 1, term: int = 1, **changes: Any) -> Step:
+    plain = Step(term, epoch, 0, number, i32(*tokens_across_dp), NONE, (), NONE, NONE, NONE, NONE)
     return msgspec.structs.replace(plain, **changes)
 
 

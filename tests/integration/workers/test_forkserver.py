@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from drumline.protocol.messages import HelloWorker
+from drumline.protocol.messages import HelloWorker, Load
 from tests.integration.workers.processes import (
-    NONE,
+    NO_EXPERTS,
     CoordinatorEnd,
     ForkServerProcess,
     open_descriptors,
@@ -162,8 +162,7 @@ async def test_all_are_gone_within_3_s_of_the_owners_death_while_loading(
     owner, server = _start_owner(coordinator.endpoint, 2)
     for rank in (0, 1):
         await coordinator.welcome(rank, worker_config(model))
-    await coordinator.configure([0], NONE.reshape(0, 0), wait=False)
-    await coordinator.configure([1], NONE.reshape(0, 0), wait=False)
+        coordinator.send(rank, Load(1, NO_EXPERTS))
     pids = [hello.pid for hello in coordinator.hellos.values()]
     _kill_owner(owner)
     print(f"gone after {wait_until_gone([server, *pids], 3.0):.3f} s")

@@ -19,17 +19,17 @@ from drumline.protocol.messages import (
     CallResult,
     Fault,
     HelloWorker,
-    OpenStore,
+    Load,
     Shutdown,
     StepDone,
-    StoreReady,
     WelcomeWorker,
     WorkerConfig,
 )
 from drumline.protocol.placement import initial_placement
-from drumline.workers.control import INBOX_LIMIT
+from drumline.workers.inbox import INBOX_LIMIT
 from tests.checkpoints import Checkpoints
 from tests.integration.workers.processes import (
+    NO_EXPERTS,
     CoordinatorEnd,
     ForkServerProcess,
     admission,
@@ -52,10 +52,13 @@ async def _start_one(
     config = worker_config(model, **changes)
     pid = forkserver.spawn(0, coordinator.endpoint)
     await coordinator.welcome(0, config)
+    loaded = await coordinator.load(0, config)
+    assert (loaded.digest, loaded.num_blocks) == (config_digest(config), config.num_blocks)
+    assert loaded.weight_bytes > 0
+    assert loaded.free_bytes > 0
     (ready,) = await coordinator.configure([0], _placement(1))
-    assert ready.digest == config_digest(config)
-    assert ready.num_blocks == config.num_blocks
-    assert ready.weight_bytes > 0
+    assert (ready.digest, ready.num_blocks) == (loaded.digest, loaded.num_blocks)
+    assert ready.weight_bytes == loaded.weight_bytes
     return pid, config
 
 
@@ -64,15 +67,15 @@ async def _start_two(forkserver: ForkServerProcess, coordinator: CoordinatorEnd,
     pids = [forkserver.spawn(rank, coordinator.endpoint) for rank in (0, 1)]
     for rank in (0, 1):
         await coordinator.welcome(rank, config)
+    for rank in (0, 1):
+        await coordinator.load(rank, config, _placement(2))
     await _form_two(coordinator, 1)
     return pids
 
 
 async def _form_two(coordinator: CoordinatorEnd, epoch: int) -> None:
-    coordinator.send(1, OpenStore(1, epoch, "127.0.0.1"))
-    store = await coordinator.expect(StoreReady, 1)
-    assert (store.epoch, store.host) == (epoch, "127.0.0.1")
-    await coordinator.configure([0, 1], _placement(2), epoch=epoch, host=store.host, port=store.port)
+    store = await coordinator.open_store(1, epoch)
+    await coordinator.configure([0, 1], _placement(2), epoch=epoch, store=store)
 
 
 async def _stop(forkserver: ForkServerProcess, coordinator: CoordinatorEnd, pids: Sequence[int]) -> None:
@@ -304,7 +307,7 @@ async def _load_fault(
 ) -> tuple[Fault, str]:
     pid = forkserver.spawn(0, coordinator.endpoint)
     await coordinator.welcome(0, config)
-    await coordinator.configure([0], _placement(1), wait=False)
+    coordinator.send(0, Load(1, NO_EXPERTS))
     fault = await coordinator.expect(Fault, 0)
     code, number, tail = forkserver.expect_exit(pid, 5.0)
     assert (code, number) == (1, 0)

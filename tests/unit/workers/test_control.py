@@ -13,8 +13,9 @@ import pytest
 
 from drumline.protocol.messages import Call, CallResult, Message, StepDone, ToWorker
 from drumline.protocol.sockets import SendResult
-from drumline.workers import control
-from drumline.workers.control import Control, Identity
+from drumline.workers import connection
+from drumline.workers.control import Control
+from drumline.workers.identity import Identity
 
 NONE = np.zeros(0, dtype=np.int32)
 DEADLINE_S = 5.0
@@ -52,7 +53,7 @@ class FullSocket:
 
 def test_an_answer_to_a_call_does_not_displace_a_reply_that_waits_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
     socket = FullSocket(refusals=2)
-    monkeypatch.setattr(control, "ThreadDealer", lambda *_: socket)
+    monkeypatch.setattr(connection, "ThreadDealer", lambda *_: socket)
     read_end, write_end = os.pipe()
     try:
         one = Control(Identity(0, "x", "t"), "ipc:///nowhere", None, read_end)

@@ -153,7 +153,7 @@ class Control:
             self.inbox.put(CoordinatorLost(error.text))
 
     def _take_last_word(self) -> None:
-        """A Shutdown that came before the connection ended and was not read yet: a send may have found the end first."""
+        """A Shutdown that came before the connection ended and was not read yet: a send may have found the end."""
         with contextlib.suppress(EngineClosed):
             while (message := self._connection.recv_nowait()) is not None:
                 if isinstance(message, Shutdown):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -10,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from drumline.protocol.messages import HelloWorker, Load
+from drumline.protocol.messages import HelloWorker, Load, Loaded
+from tests.checkpoints import Checkpoints
 from tests.integration.workers.processes import (
     NO_EXPERTS,
     CoordinatorEnd,
@@ -153,19 +155,22 @@ def test_a_forkserver_that_still_imports_dies_with_its_owner(tmp_path: Path) -> 
 
 
 async def test_all_are_gone_within_3_s_of_the_owners_death_while_loading(
-    coordinator: CoordinatorEnd, tmp_path: Path
+    coordinator: CoordinatorEnd, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    """The model never finishes loading: its config is a pipe that nobody writes to."""
-    model = tmp_path / "model"
-    model.mkdir()
-    os.mkfifo(model / "config.json")
+    """They wait for their turns to load, which never come."""
+    turn = os.open(tmp_path / "loading-0.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    config = worker_config(checkpoints("qwen3-moe"), max_parallel_loading_workers=1, runtime_dir=str(tmp_path))
     owner, server = _start_owner(coordinator.endpoint, 2)
     for rank in (0, 1):
-        await coordinator.welcome(rank, worker_config(model))
+        await coordinator.welcome(rank, config)
         coordinator.send(rank, Load(1, NO_EXPERTS))
     pids = [hello.pid for hello in coordinator.hellos.values()]
+    await coordinator.expect_beats(2)
+    assert not coordinator.holds(Loaded)
     _kill_owner(owner)
     print(f"gone after {wait_until_gone([server, *pids], 3.0):.3f} s")
+    os.close(turn)
 
 
 async def test_workers_outlive_their_forkserver(own_forkserver: ForkServerProcess, coordinator: CoordinatorEnd) -> None:

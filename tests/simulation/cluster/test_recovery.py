@@ -30,7 +30,7 @@ def plain_shape(layout: Layout, **changed: Any) -> Shape:
     """A MoE engine in which nothing is short."""
     core = CoreConfig(
         max_num_seqs=8,
-        max_num_batched_tokens=32,
+        max_num_batched_tokens=1024,
         block_size=4,
         max_model_len=200,
         vocab_size=1000,

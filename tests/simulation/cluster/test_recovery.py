@@ -41,7 +41,7 @@ def plain_shape(layout: Layout, **changed: Any) -> Shape:
     )
     stages = tuple(range(layout.pipeline_parallel_size))
     shape = Shape(
-        layout=layout, core=core, num_blocks=200, num_experts=2 * layout.ep_size, moe_layer_stage=stages, load_s=5.0
+        layout=layout, core=core, num_blocks=400, num_experts=2 * layout.ep_size, moe_layer_stage=stages, load_s=5.0
     )
     for name, value in changed.items():
         setattr(shape, name, value)

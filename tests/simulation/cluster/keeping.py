@@ -24,6 +24,7 @@ class SimKeeping(Keeping):
         disk = cluster.disk
         self._host = host
         self._core = None
+        self._frozen = False
         self._on_state = self._told
         self.term = host.term
         self.sim: SimJournal | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 from tokenizers import Tokenizer
@@ -129,10 +130,10 @@ class ClientRequests:
             self._connection.cancel_quietly(stream.request_id)
 
 
-def _positions(positions: Sequence[int]) -> tuple[int, ...]:
+def _positions(positions: Any) -> tuple[int, ...]:
     """A caller may ignore the annotations: anything can come here."""
     try:
-        found = tuple(positions)
+        found: tuple[Any, ...] = tuple(positions)
     except TypeError:
         found = ("",)
     if any(not isinstance(at, int) or isinstance(at, bool) or not 0 <= at < 1 << 31 for at in found):

@@ -570,8 +570,8 @@ class MessageFault(Part, frozen=True):
 
 
 class InjectFaults(Message, frozen=True, tag=51):
-    """Bring faults upon the engine. ``clear``: forget what was ordered before and has not happened. ``full_disk``: 1 makes the journal find its disk full, 0 ends that,
-    -1 leaves it as it is. Answered by FaultsInjected."""
+    """Bring faults upon the engine. ``clear``: forget what was ordered before and has not happened. ``full_disk``: 1
+    makes the journal find its disk full, 0 ends that, -1 leaves it as it is. Answered by FaultsInjected."""
 
     call_id: int
     injections: tuple[Injection, ...] = ()

@@ -54,6 +54,7 @@ FLUSH_DEADLINE_S = 1.0
 EXIT_OWNER_GONE = 3
 EXIT_TERMINATED = 143  # what a shell makes of SIGTERM
 _STDERR = 2
+_NOT_ADMITTED = "is not admitted"
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -221,6 +222,7 @@ class Control:
         else:
             newest = self._registration.newest
             if isinstance(message, Shutdown):
+                self._tell_why(message.reason)
                 self._exit_at = time.monotonic() + SHUTDOWN_GRACE_S
                 self.abort.abort_all(f"shutdown {message.reason}".rstrip())
                 self._config_known.set()
@@ -230,6 +232,13 @@ class Control:
             if isinstance(message, Step | Configure):
                 self._beats.work_comes(time.monotonic())
             self._hand_over(message)
+
+    def _tell_why(self, reason: str) -> None:
+        """A process whose place is taken says so: it may have been stopped while that happened."""
+        me = self.identity
+        if me.incarnation in reason or _NOT_ADMITTED in reason:
+            text = "this process (rank %d, incarnation %s) was replaced: %s"
+            log.warning(text, me.rank, me.incarnation, reason)
 
     def _take_load(self, load: Load) -> None:
         if load.term in self.outbox.loads:

@@ -44,7 +44,6 @@ EXIT_LOAD_FAILED = 1
 WARM_UP_STEPS = 3
 WARM_UP_LEASE_S = 60.0
 """How long each of a process's first ``WARM_UP_STEPS`` with tokens may take: memory is touched, kernels are chosen."""
-_NOT_ADMITTED = "is not admitted"
 
 # An epoch that could not be formed is no fault of this process: it stays, with its weights, for the next one.
 _EPOCH_ERRORS = (StoreError, PeerLost, GroupTimeout, ProtocolError)
@@ -94,7 +93,6 @@ class Worker:
             self._progress.stale = self._epoch.fence.stale
             message = self._control.inbox.get()
             if isinstance(message, Shutdown):
-                self._tell_why(message)
                 self._leave_epoch()
                 return 0
             try:
@@ -107,12 +105,6 @@ class Worker:
                 self._tell_fault(error, message)
                 if fatal and isinstance(message, Load | WelcomeWorker):
                     return EXIT_LOAD_FAILED
-
-    def _tell_why(self, message: Shutdown) -> None:
-        """A process whose place is taken says so; it may have been stopped while that happened."""
-        if self._me.incarnation in message.reason or _NOT_ADMITTED in message.reason:
-            who = (self._me.rank, self._me.incarnation)
-            log.warning("this process (rank %d, incarnation %s) was replaced: %s", *who, message.reason)
 
     # ----------------------------------------------------------------------------------------------- loading and epochs
 

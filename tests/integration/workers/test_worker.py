@@ -6,9 +6,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,9 +23,22 @@ from drumline.protocol.messages import (
     WelcomeWorker,
     WorkerConfig,
 )
-from drumline.protocol.placement import initial_placement
 from drumline.workers.inbox import INBOX_LIMIT
 from tests.checkpoints import Checkpoints
+from tests.integration.workers.driving import (
+    EXPERTS,
+    MOE_LAYERS,
+    PROMPT,
+    form_two,
+    generate,
+    ping,
+    placement,
+    start_one,
+    start_two,
+    stats_of,
+    stop,
+    until_inside_collective,
+)
 from tests.integration.workers.processes import (
     NO_EXPERTS,
     CoordinatorEnd,
@@ -38,81 +49,18 @@ from tests.integration.workers.processes import (
     worker_config,
 )
 
-MOE_LAYERS, EXPERTS = 3, 8
-PROMPT = [11, 7, 200, 31, 5, 90, 44]
-
-
-def _placement(ep_size: int) -> Any:
-    return initial_placement(MOE_LAYERS, EXPERTS, ep_size)
-
-
-async def _start_one(
-    forkserver: ForkServerProcess, coordinator: CoordinatorEnd, model: Path, **changes: Any
-) -> tuple[int, WorkerConfig]:
-    config = worker_config(model, **changes)
-    pid = forkserver.spawn(0, coordinator.endpoint)
-    await coordinator.welcome(0, config)
-    loaded = await coordinator.load(0, config)
-    assert (loaded.digest, loaded.num_blocks) == (config_digest(config), config.num_blocks)
-    assert loaded.weight_bytes > 0
-    assert loaded.free_bytes > 0
-    (ready,) = await coordinator.configure([0], _placement(1))
-    assert (ready.digest, ready.num_blocks) == (loaded.digest, loaded.num_blocks)
-    assert ready.weight_bytes == loaded.weight_bytes
-    return pid, config
-
-
-async def _start_two(forkserver: ForkServerProcess, coordinator: CoordinatorEnd, model: Path) -> list[int]:
-    config = worker_config(model, dp=2, expert_parallel=True)
-    pids = [forkserver.spawn(rank, coordinator.endpoint) for rank in (0, 1)]
-    for rank in (0, 1):
-        await coordinator.welcome(rank, config)
-    for rank in (0, 1):
-        await coordinator.load(rank, config, _placement(2))
-    await _form_two(coordinator, 1)
-    return pids
-
-
-async def _form_two(coordinator: CoordinatorEnd, epoch: int) -> None:
-    store = await coordinator.open_store(1, epoch)
-    await coordinator.configure([0, 1], _placement(2), epoch=epoch, store=store)
-
-
-async def _stop(forkserver: ForkServerProcess, coordinator: CoordinatorEnd, pids: Sequence[int]) -> None:
-    for rank in range(len(pids)):
-        coordinator.send(rank, Shutdown(1))
-    for pid in pids:
-        assert forkserver.expect_exit(pid, 5.0)[:2] == (0, 0)
-
-
-async def _generate(coordinator: CoordinatorEnd, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Greedy tokens of one row per replica; an empty prompt makes a replica that only runs dummy steps."""
-    tokens: list[list[int]] = [[] for _ in prompts]
-    for number in range(count):
-        first = number == 0
-        across = [(len(prompt) if first else 1) if prompt else 0 for prompt in prompts]
-        for rank, prompt in enumerate(prompts):
-            parts = admission(prompt) if first and prompt else {}
-            coordinator.send(rank, step(number, across, **parts))
-        for rank, prompt in enumerate(prompts):
-            done = await coordinator.expect(StepDone, rank)
-            assert (done.term, done.epoch, done.step) == (1, 1, number)
-            assert len(done.tokens) == (1 if prompt else 0)
-            tokens[rank] += done.tokens.tolist()
-    return tokens
-
 
 async def test_two_ranks_say_the_same_tokens_as_one(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     model = checkpoints("qwen3-moe")
-    pid, _ = await _start_one(forkserver, coordinator, model)
-    (alone,) = await _generate(coordinator, [PROMPT], 8)
-    await _stop(forkserver, coordinator, [pid])
+    pid, _ = await start_one(forkserver, coordinator, model)
+    (alone,) = await generate(coordinator, [PROMPT], 8)
+    await stop(forkserver, coordinator, [pid])
 
-    pids = await _start_two(forkserver, coordinator, model)
-    idle, together = await _generate(coordinator, [[], PROMPT], 8)
-    await _stop(forkserver, coordinator, pids)
+    pids = await start_two(forkserver, coordinator, model)
+    idle, together = await generate(coordinator, [[], PROMPT], 8)
+    await stop(forkserver, coordinator, pids)
     assert idle == []
     assert together == alone
 
@@ -121,7 +69,7 @@ async def test_ping_is_answered_within_100_ms_while_a_step_runs(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
 ) -> None:
     rows, length = 48, 480
-    pid, _ = await _start_one(
+    pid, _ = await start_one(
         forkserver,
         coordinator,
         checkpoints("qwen3-moe"),
@@ -144,13 +92,13 @@ async def test_ping_is_answered_within_100_ms_while_a_step_runs(
             prefill_counts=np.full(rows, length, dtype=np.int32),
         ),
     )
-    while (await _ping(coordinator))["step"] < 0:
+    while (await ping(coordinator))["step"] < 0:
         pass
     waits: list[float] = []
     began = time.perf_counter()
     while not coordinator.holds(StepDone):
         start = time.perf_counter()
-        value = await _ping(coordinator)
+        value = await ping(coordinator)
         waits.append(time.perf_counter() - start)
         assert (value["pid"], value["epoch"], value["step"]) == (pid, 1, 0)
     took = time.perf_counter() - began
@@ -160,14 +108,14 @@ async def test_ping_is_answered_within_100_ms_while_a_step_runs(
     assert len(waits) >= 10, "the step was too short to tell"
     # One wait in a hundred may be the machine's own business.
     assert sorted(waits)[len(waits) * 99 // 100] < 0.1
-    await _stop(forkserver, coordinator, [pid])
+    await stop(forkserver, coordinator, [pid])
 
 
 async def test_a_step_out_of_order_is_a_fault_and_the_next_epoch_works(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
 ) -> None:
-    pid, _ = await _start_one(forkserver, coordinator, checkpoints("qwen3-moe"))
-    first = await _generate(coordinator, [PROMPT], 2)
+    pid, _ = await start_one(forkserver, coordinator, checkpoints("qwen3-moe"))
+    first = await generate(coordinator, [PROMPT], 2)
     coordinator.send(0, step(5, [1]))
     fault = await coordinator.expect(Fault, 0)
     assert (fault.error.kind, fault.error.rank, fault.error.epoch) == ("protocol", 0, 1)
@@ -176,36 +124,36 @@ async def test_a_step_out_of_order_is_a_fault_and_the_next_epoch_works(
     assert "ProtocolError" in fault.error.traceback
 
     coordinator.send(0, step(2, [1]))  # the epoch is broken: dropped
-    await coordinator.configure([0], _placement(1), epoch=2)
+    await coordinator.configure([0], placement(1), epoch=2)
     coordinator.send(0, step(3, [1]))  # of an epoch that is over: dropped
     coordinator.send(0, step(0, [len(PROMPT)], epoch=2, **admission(PROMPT)))
     done = await coordinator.expect(StepDone, 0)
     assert (done.epoch, done.step) == (2, 0)
     assert done.tokens.tolist() == first[0][:1]
-    stats = await _stats(coordinator, epoch=2)
+    stats = await stats_of(coordinator, epoch=2)
     assert stats["stale"] == 2
     assert stats["faults"] == 1
-    await _stop(forkserver, coordinator, [pid])
+    await stop(forkserver, coordinator, [pid])
 
 
 async def test_a_step_that_contradicts_its_header_is_a_fault_and_nobody_hangs(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
 ) -> None:
-    pids = await _start_two(forkserver, coordinator, checkpoints("qwen3-moe"))
+    pids = await start_two(forkserver, coordinator, checkpoints("qwen3-moe"))
     coordinator.send(0, step(0, [len(PROMPT), 3], **admission(PROMPT)))
     coordinator.send(1, step(0, [len(PROMPT), 3]))
     fault = await coordinator.expect(Fault, 1)
     assert fault.error.kind == "protocol"
     lost = await coordinator.expect(Fault, 0)  # it waited for rank 1, which closed its group
     assert lost.error.kind == "peer_lost"
-    await _form_two(coordinator, 2)
-    await _stop(forkserver, coordinator, pids)
+    await form_two(coordinator, 2)
+    await stop(forkserver, coordinator, pids)
 
 
 async def test_a_killed_peer_is_told_at_once(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
 ) -> None:
-    pids = await _start_two(forkserver, coordinator, checkpoints("qwen3-moe"))
+    pids = await start_two(forkserver, coordinator, checkpoints("qwen3-moe"))
     coordinator.send(0, step(0, [len(PROMPT), 0], **admission(PROMPT)))
     os.kill(pids[1], signal.SIGKILL)
     start = time.monotonic()
@@ -220,10 +168,10 @@ async def test_a_killed_peer_is_told_at_once(
 async def test_shutdown_ends_a_rank_that_waits_for_a_stopped_peer(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
 ) -> None:
-    pids = await _start_two(forkserver, coordinator, checkpoints("qwen3-moe"))
+    pids = await start_two(forkserver, coordinator, checkpoints("qwen3-moe"))
     os.kill(pids[1], signal.SIGSTOP)
     coordinator.send(0, step(0, [len(PROMPT), 0], **admission(PROMPT)))
-    await _until_inside_collective(coordinator)
+    await until_inside_collective(coordinator)
     start = time.monotonic()
     coordinator.send(0, Shutdown(1))
     assert forkserver.expect_exit(pids[0], 3.0)[:2] == (0, 0)
@@ -232,31 +180,11 @@ async def test_shutdown_ends_a_rank_that_waits_for_a_stopped_peer(
     forkserver.expect_exit(pids[1])
 
 
-async def _ping(coordinator: CoordinatorEnd, call_id: int = 77) -> dict[str, Any]:
-    coordinator.send(0, Call(1, 1, call_id, "ping"))
-    answer = await coordinator.expect(CallResult, 0)
-    assert (answer.call_id, answer.ok) == (call_id, True)
-    value: dict[str, Any] = msgspec.msgpack.decode(answer.value)
-    return value
-
-
-async def _until_inside_collective(coordinator: CoordinatorEnd) -> None:
-    while not (await _ping(coordinator))["inside"]:
-        pass
-
-
-async def _stats(coordinator: CoordinatorEnd, epoch: int = 1) -> dict[str, Any]:
-    coordinator.send(0, Call(1, epoch, 99, "stats"))
-    answer = await coordinator.expect(CallResult, 0)
-    value: dict[str, Any] = msgspec.msgpack.decode(answer.value)
-    return value
-
-
 async def test_calls_answer_from_the_main_thread_or_name_what_is_valid(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
 ) -> None:
-    pid, _ = await _start_one(forkserver, coordinator, checkpoints("qwen3-moe"))
-    await _generate(coordinator, [PROMPT], 3)
+    pid, _ = await start_one(forkserver, coordinator, checkpoints("qwen3-moe"))
+    await generate(coordinator, [PROMPT], 3)
     coordinator.send(0, Call(1, 1, 5, "expert_load"))
     load = np.array(msgspec.msgpack.decode((await coordinator.expect(CallResult, 0)).value))
     assert load.shape == (MOE_LAYERS, EXPERTS)
@@ -266,31 +194,31 @@ async def test_calls_answer_from_the_main_thread_or_name_what_is_valid(
     assert (refused.call_id, refused.ok) == (6, False)
     assert refused.error is not None
     assert (refused.error.kind, refused.error.found) == ("invalid_request", "reboot")
-    await _stop(forkserver, coordinator, [pid])
+    await stop(forkserver, coordinator, [pid])
 
 
 async def test_frames_that_do_not_decode_are_counted_and_dropped(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
 ) -> None:
-    pid, _ = await _start_one(forkserver, coordinator, checkpoints("qwen3-moe"))
+    pid, _ = await start_one(forkserver, coordinator, checkpoints("qwen3-moe"))
     for frames in ([b""], [b"\x93\x04"], [b"\xc1" * 40, b"more"]):
         coordinator.send_raw(0, frames)
     coordinator.send(0, Call(0, 1, 1, "ping"))  # an older term
-    (tokens,) = await _generate(coordinator, [PROMPT], 1)
+    (tokens,) = await generate(coordinator, [PROMPT], 1)
     assert len(tokens) == 1
-    stats = await _stats(coordinator)
+    stats = await stats_of(coordinator)
     assert stats["socket"]["dropped"] == 3
     assert stats["stale"] == 1
-    await _stop(forkserver, coordinator, [pid])
+    await stop(forkserver, coordinator, [pid])
 
 
 async def test_more_steps_than_the_queue_holds_are_a_fault(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
 ) -> None:
-    pids = await _start_two(forkserver, coordinator, checkpoints("qwen3-moe"))
+    pids = await start_two(forkserver, coordinator, checkpoints("qwen3-moe"))
     os.kill(pids[1], signal.SIGSTOP)
     coordinator.send(0, step(0, [len(PROMPT), 0], **admission(PROMPT)))
-    await _until_inside_collective(coordinator)
+    await until_inside_collective(coordinator)
     for number in range(1, INBOX_LIMIT + 4):
         coordinator.send(0, step(number, [1, 0]))
     fault = await coordinator.expect(Fault, 0)
@@ -365,7 +293,7 @@ async def test_a_worker_started_by_hand_reads_its_token_from_a_file(
 async def test_empty_steps_are_answered_in_order_without_tokens(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
 ) -> None:
-    pid, _ = await _start_one(forkserver, coordinator, checkpoints("qwen3-moe"))
+    pid, _ = await start_one(forkserver, coordinator, checkpoints("qwen3-moe"))
     times = []
     for number in range(300):
         start = time.perf_counter()
@@ -374,4 +302,4 @@ async def test_empty_steps_are_answered_in_order_without_tokens(
         times.append(1e6 * (time.perf_counter() - start))
         assert len(done.tokens) == 0
     print(f"empty step, plan to result: median {statistics.median(times):.0f} us, best {min(times):.0f} us")
-    await _stop(forkserver, coordinator, [pid])
+    await stop(forkserver, coordinator, [pid])

@@ -59,12 +59,12 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 def compare(expected: Sequence, found: Sequence, params: SamplingParams, index: int = 0) -> Comparison:
-    """Compare two runs of the same request. Penalties are not taken into the margin: with any, only the same is
-    equal."""
+    """Compare two runs of the same request. A repetition penalty goes by logits, which are not known: with one, only
+    the same is equal."""
     position = _first_difference(expected.tokens, found.tokens)
     if position < 0:
         return Comparison(expected.finish_reason == found.finish_reason)
-    if not position < min(len(expected.logprobs), len(found.logprobs)) or _penalised(params):
+    if not position < min(len(expected.logprobs), len(found.logprobs)) or params.repetition_penalty != 1.0:
         return Comparison(False, position)
     margin = abs(_score(expected, position, params, index) - _score(found, position, params, index))
     return Comparison(False, position, margin)
@@ -77,14 +77,11 @@ def _first_difference(first: SequenceOf[int], second: SequenceOf[int]) -> int:
     return -1 if len(first) == len(second) else min(len(first), len(second))
 
 
-def _penalised(params: SamplingParams) -> bool:
-    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
-
-
 def _score(sequence: Sequence, position: int, params: SamplingParams, index: int) -> float:
     """Of the token at ``position``, up to what all tokens of a row have in common."""
-    logprob = sequence.logprobs[position]
-    if params.is_greedy:
-        return logprob
-    noise = gumbel(params.seed, index, position, sequence.tokens[position]) if params.seed is not None else 0.0
-    return logprob / params.temperature + noise
+    token = sequence.tokens[position]
+    times = sequence.tokens[:position].count(token)
+    score = sequence.logprobs[position] - params.frequency_penalty * times - params.presence_penalty * (times > 0)
+    if params.is_greedy or params.seed is None:
+        return score
+    return score / params.temperature + gumbel(params.seed, index, position, token)

@@ -65,6 +65,14 @@ def test_anything_else_is_different(expected: Sequence, found: Sequence) -> None
     assert not compare(expected, found, GREEDY).equal
 
 
-def test_with_penalties_only_the_same_is_equal() -> None:
-    penalised = SamplingParams(temperature=0.0, presence_penalty=0.5)
+def test_what_penalties_take_away_belongs_to_the_score() -> None:
+    penalised = SamplingParams(temperature=0.0, presence_penalty=0.5, frequency_penalty=0.25)
+    first, second = Sequence((2, 2, 2), (-1.0, -1.0, -1.0)), Sequence((2, 2, 3), (-1.0, -1.0, -2.0))
+    assert compare(first, second, penalised).tie
+    assert not compare(first, second, GREEDY).equal
+
+
+def test_with_a_repetition_penalty_only_the_same_is_equal() -> None:
+    penalised = SamplingParams(temperature=0.0, repetition_penalty=1.1)
     assert not compare(greedy(1, 2), greedy(1, 3), penalised).equal
+    assert compare(greedy(1, 2), greedy(1, 2), penalised).equal

@@ -33,7 +33,7 @@ class SimKeeping(Keeping):
         if cluster.shape.keeps_journal:
             self.sim = SimJournal(cluster, disk, self._state_changed, host.act)
             self.restored = disk.restored()
-            self.knows_all = host.term == 1 or disk.whole
+            self.knows_all = host.term == 1 or self.sim.whole
             disk.term = host.term
         self._journal = self.sim  # type: ignore[assignment]  # has what is asked of a journal
         self.delivery = Delivery(self._journal)

@@ -57,7 +57,7 @@ class RankEpoch:
         """
         if not self.fence.enter(message.term, message.epoch):
             return False
-        self.fence.broken = True  # until it is formed
+        self.leave(runner)  # the epoch is broken until it is formed
         self._control.progress.enter_epoch(message.term, message.epoch)
         self._check_members(message)
         place = EpochPlace.of(config.layout, [member.rank for member in message.members], self._me.rank)
@@ -138,6 +138,7 @@ class RankEpoch:
     def leave(self, runner: ModelRunner | None) -> None:
         """Give up the groups and refuse what is left of the epoch. Never blocks."""
         self.fence.break_epoch()
+        self._control.progress.leave_epoch()
         if runner is not None:
             runner.part()  # buffers given to a collective are never used again
         if self.groups is not None:

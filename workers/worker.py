@@ -139,7 +139,6 @@ class Worker:
 
     def _configure(self, message: Configure) -> None:
         config, runner = self._known_config(), self._loaded()
-        self._leave_epoch()
         if not self._epoch.enter(message, config, runner, lambda: self._regroups(message)):
             return
         self._has_computed = self._has_computed or message.role == "compute"
@@ -162,7 +161,6 @@ class Worker:
     def _leave_epoch(self) -> None:
         """Give up the groups and refuse what is left of the epoch. Never blocks."""
         self._epoch.leave(None if self._model is None else self._model.runner)
-        self._progress.leave_epoch()
 
     # --------------------------------------------------------------------------------------------------------- steps
 

@@ -92,7 +92,9 @@ class Matrix:
             assert after.ranks[rank].pid != before.ranks[rank].pid
             assert after.ranks[rank].restarts == before.ranks[rank].restarts + deaths
         killed = {fault.rank for fault in injected}
-        kept = [(old.pid, new.pid) for old, new in zip(before.ranks, after.ranks, strict=True) if old.rank not in killed]
+        kept = [
+            (old.pid, new.pid) for old, new in zip(before.ranks, after.ranks, strict=True) if old.rank not in killed
+        ]
         assert all(old == new for old, new in kept), f"ranks that nobody killed were replaced: {kept}"
         assert after.requests.failed == after.requests.cancelled == 0
 
@@ -106,9 +108,7 @@ async def _ordered(order: Coroutine[object, object, InjectedFault]) -> asyncio.T
 def _other(rank: int, status: EngineStatus) -> int:
     """Whose death ``rank`` is to see as a survivor: one of its own replica, so that another goes on, if there is one."""
     own = status.ranks[rank].dp_rank
-    return max(
-        (one for one in status.ranks if one.rank != rank), key=lambda one: (one.dp_rank == own, -one.rank)
-    ).rank
+    return max((one for one in status.ranks if one.rank != rank), key=lambda one: (one.dp_rank == own, -one.rank)).rank
 
 
 async def run(config: EngineConfig, faults: Sequence[tuple[str, int]], tokens: int) -> dict[str, Gaps]:

@@ -109,7 +109,7 @@ class Control:
 
     def grant_lease(self, lease_s: float) -> None:
         """Tell at once how long what runs may take; 0.0: no longer than usual."""
-        self.progress.lease_s = lease_s
+        self.progress.grant_lease(lease_s)
         self.outbox.wake()
 
     def finish(self, code: int) -> None:
@@ -206,7 +206,7 @@ class Control:
         at = progress.position
         epoch = at.epoch if at.term in (-1, term) else -1  # a new coordinator has yet to form one
         done, total = progress.load_done, progress.load_total
-        return BeatWorker(term, epoch, me.rank, at.step, at.collective, at.inside, done, total, progress.lease_s)
+        return BeatWorker(term, epoch, me.rank, at.step, at.collective, at.inside, done, total, progress.lease_left())
 
     def _take(self, message: ToWorker) -> None:
         if isinstance(message, WelcomeWorker):

@@ -259,6 +259,7 @@ class Control:
         if not counts:
             self._stale += 1
             return
+        self.outbox.term = message.term
         self._beats.start(message.config.beat_interval_s)
         self._hand_over(message)
         self._config_known.set()

@@ -26,6 +26,8 @@ class Outbox:
     def __init__(self, send: Callable[[FromWorker], bool]) -> None:
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.dropped = 0
+        #: The coordinator's, whom nothing of an older one is told. Before it has any a rank speaks of term -1.
+        self.term = -1
         #: Terms whose Load is under way and was not answered yet.
         self.loads: set[int] = set()
         self._send = send
@@ -127,10 +129,12 @@ class Outbox:
 
     def _transmit(self, message: FromWorker) -> bool:
         """Send, or hold the message back until the socket takes it."""
+        stale = 0 <= message.term < self.term
         self._held = message  # also when the peer turns out to be gone
-        if self._send(message):
+        if stale or self._send(message):
             self._held = None
             self._answered(message)
+            self.dropped += stale
         return self._held is None
 
     def _answered(self, message: FromWorker) -> None:

@@ -37,8 +37,10 @@ async def start_one(
     return pid, config
 
 
-async def start_two(forkserver: ForkServerProcess, coordinator: CoordinatorEnd, model: Path) -> list[int]:
-    config = worker_config(model, dp=2, expert_parallel=True)
+async def start_two(
+    forkserver: ForkServerProcess, coordinator: CoordinatorEnd, model: Path, **changes: Any
+) -> list[int]:
+    config = worker_config(model, dp=2, expert_parallel=True, **changes)
     pids = [forkserver.spawn(rank, coordinator.endpoint) for rank in (0, 1)]
     for rank in (0, 1):
         await coordinator.welcome(rank, config)
@@ -90,8 +92,8 @@ async def until_inside_collective(coordinator: CoordinatorEnd) -> None:
         pass
 
 
-async def stats_of(coordinator: CoordinatorEnd, epoch: int = 1) -> dict[str, Any]:
-    coordinator.send(0, Call(1, epoch, 99, "stats"))
+async def stats_of(coordinator: CoordinatorEnd, epoch: int = 1, term: int = 1) -> dict[str, Any]:
+    coordinator.send(0, Call(term, epoch, 99, "stats"))
     answer = await coordinator.expect(CallResult, 0)
     value: dict[str, Any] = msgspec.msgpack.decode(answer.value)
     return value

@@ -154,24 +154,24 @@ class CoordinatorEnd:
         self.beats: list[BeatWorker] = []
         self._identities: dict[int, bytes] = {}
         self._ranks: dict[bytes, int] = {}
-        self._kept: list[tuple[int, FromWorker]] = []
+        self.kept: list[tuple[int, FromWorker]] = []
 
     async def expect(self, kind: type[M], rank: int | None = None, timeout_s: float = DEADLINE_S) -> M:
         """The next message of a kind (from a rank); others are kept for whoever expects them, beats aside."""
         async with asyncio.timeout(timeout_s):
             while True:
-                for entry in self._kept:
+                for entry in self.kept:
                     if isinstance(entry[1], kind) and rank in (None, entry[0]):
-                        self._kept.remove(entry)
+                        self.kept.remove(entry)
                         return entry[1]
                 await self._receive()
-                fault = self._kept[-1][1] if self._kept else None
+                fault = self.kept[-1][1] if self.kept else None
                 if isinstance(fault, Fault) and not issubclass(Fault, kind):
                     raise AssertionError(f"{kind.__name__} expected, found a fault:\n{fault.error.traceback}")
 
     def holds(self, kind: type[Message]) -> bool:
         """Whether a message of that kind has come and nobody has expected it yet."""
-        return any(isinstance(message, kind) for _, message in self._kept)
+        return any(isinstance(message, kind) for _, message in self.kept)
 
     async def expect_beats(self, count: int, timeout_s: float = DEADLINE_S) -> None:
         """That many more beats."""
@@ -189,7 +189,7 @@ class CoordinatorEnd:
         if isinstance(message, BeatWorker):
             self.beats.append(message)
         else:
-            self._kept.append((self._ranks[identity], message))
+            self.kept.append((self._ranks[identity], message))
 
     def send(self, rank: int, message: Message) -> SendResult:
         return self.router.send(self._identities[rank], message)
@@ -201,8 +201,14 @@ class CoordinatorEnd:
         self, rank: int, config: WorkerConfig, term: int = 1, injections: tuple[Injection, ...] = ()
     ) -> HelloWorker:
         hello = await self.expect(HelloWorker, rank)
-        self.send(rank, WelcomeWorker(PROTOCOL_VERSION, term, config_digest(config), config, injections))
+        self.welcome_again(rank, config, term, injections)
         return hello
+
+    def welcome_again(
+        self, rank: int, config: WorkerConfig, term: int = 1, injections: tuple[Injection, ...] = ()
+    ) -> None:
+        """Welcome a rank whose Hello has been read."""
+        self.send(rank, WelcomeWorker(PROTOCOL_VERSION, term, config_digest(config), config, injections))
 
     async def load(self, rank: int, config: WorkerConfig, placement: Any = NO_EXPERTS, term: int = 1) -> Loaded:
         """Have ``rank`` load what it holds of ``placement``: its share, or with expert parallelism off everything."""
@@ -243,12 +249,16 @@ class CoordinatorEnd:
     def _members(self, ranks: Iterable[int]) -> tuple[Member, ...]:
         return tuple(Member(rank, self.hellos[rank].incarnation) for rank in ranks)
 
+    def close_router(self) -> None:
+        """Go away."""
+        self.router.close(0.0)
+
     def reopen(self) -> None:
         """Go away, and be another coordinator at the same endpoint, to which nobody has said Hello."""
-        self.router.close(0.0)
+        self.close_router()
         self._identities.clear()
         self._ranks.clear()
-        self._kept.clear()
+        self.kept.clear()
         self.hellos.clear()
         self.router = Router(self._context, self.endpoint, Codec(FromWorker))
 
@@ -291,11 +301,13 @@ def step(number: int, tokens_across_dp: list[int], *, epoch: int = 1, term: int 
     return msgspec.structs.replace(plain, **changes)
 
 
-def admission(prompt: list[int], row: int = 0, blocks: tuple[int, ...] = (0, 1), **sampling: Any) -> dict[str, Any]:
-    """The parts of a Step that admit one greedy row and compute its whole prompt."""
+def admission(
+    prompt: list[int], row: int = 0, blocks: tuple[int, ...] = (0, 1), num_cached: int = 0, **sampling: Any
+) -> dict[str, Any]:
+    """The parts of a Step that admit one greedy row and compute its whole prompt, but for what is cached."""
     spec = SamplingSpec(**({"temperature": 0.0} | sampling))
-    admit = Admit(row, i32(*prompt), len(prompt), 0, i32(*blocks), spec)
-    return {"admitted": (admit,), "prefill_rows": i32(row), "prefill_counts": i32(len(prompt))}
+    admit = Admit(row, i32(*prompt), len(prompt), num_cached, i32(*blocks), spec)
+    return {"admitted": (admit,), "prefill_rows": i32(row), "prefill_counts": i32(len(prompt) - num_cached)}
 
 
 def wait_until_gone(pids: list[int], timeout_s: float) -> float:

@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from drumline.engine.client import AsyncEngine
-from drumline.engine.config import FaultConfig
+from drumline.engine.config import EngineConfig, FaultConfig
 from drumline.engine.errors import EngineClosed, RequestFailed
 from drumline.engine.sampling_params import SamplingParams
 from drumline.protocol.messages import Event
-from tests.integration.engine.processes import marked, of_module, running, until, workers
+from tests.integration.engine.processes import files_in, marked, of_module, running, until, workers
 from tests.integration.engine.test_life import ONE, TWO
 from tests.procfs import is_alive
 
@@ -23,33 +23,40 @@ COORDINATOR = "drumline.engine.launch.coordinator"
 PATIENT = FaultConfig(restart_limit=100)
 
 
-async def read_all(engine: AsyncEngine, seed: int, request_id: str | None = None, length: int = 300) -> list[int]:
-    params = SamplingParams(max_tokens=length, temperature=0.8, seed=seed, ignore_eos=True)
-    tokens: list[int] = []
-    async for out in engine.generate("The", params, request_id):
-        tokens += out.token_ids_delta
-    return tokens
+class Reading:
+    """One request, read by a task of its own; ``tokens`` so far."""
+
+    def __init__(self, engine: AsyncEngine, seed: int, request_id: str | None = None, length: int = 200) -> None:
+        self.tokens: list[int] = []
+        params = SamplingParams(max_tokens=length, temperature=0.8, seed=seed, ignore_eos=True)
+        self._outputs = engine.generate("The", params, request_id)
+        self.task = asyncio.create_task(self._read())
+
+    async def _read(self) -> list[int]:
+        async for out in self._outputs:
+            self.tokens += out.token_ids_delta
+        return self.tokens
+
+    async def at(self, position: int) -> None:
+        """Returns once so many tokens are there."""
+        await until(lambda: len(self.tokens) >= position or self.task.done(), 20.0, "no tokens come")
 
 
-async def begun(engine: AsyncEngine) -> None:
-    """Something is being computed."""
-    while (await engine.status()).groups[0].step < 5:
-        await asyncio.sleep(0.02)
+async def read_all(engine: AsyncEngine, *seeds: int, length: int = 200) -> list[list[int]]:
+    """The tokens of a request for each seed."""
+    return list(await asyncio.gather(*(Reading(engine, seed, length=length).task for seed in seeds)))
 
 
 @pytest.mark.parametrize("config", [ONE, TWO], ids=["one rank", "two ranks"])
-async def test_streams_go_on_over_two_killed_coordinators_and_workers_stay(mark: str, config: object) -> None:
-    faults = msgspec.structs.replace(config, faults=PATIENT)  # type: ignore[type-var]
-    async with running(faults) as engine:  # type: ignore[arg-type]
-        expected = [await read_all(engine, seed) for seed in range(3)]
+async def test_streams_go_on_over_two_killed_coordinators_and_workers_stay(mark: str, config: EngineConfig) -> None:
+    async with running(msgspec.structs.replace(config, faults=PATIENT)) as engine:
+        expected = await read_all(engine, 0, 1, 2)
         pids = workers(mark)
         events = engine.events()
         # Some with an id of the app's, some without: whose client stays, both go on.
-        reading = [
-            asyncio.create_task(read_all(engine, seed, "mine" if seed == 0 else None)) for seed in range(len(expected))
-        ]
-        for term in (2, 3):
-            await begun(engine)
+        readings = [Reading(engine, seed, "mine" if seed == 0 else None) for seed in range(3)]
+        for term, position in ((2, 20), (3, 80)):
+            await readings[0].at(position)
             killed = of_module(mark, COORDINATOR)
             os.kill(killed, signal.SIGKILL)
             await until(lambda killed=killed: not is_alive(killed), 3.0, "it is still there")  # type: ignore[misc]
@@ -58,7 +65,7 @@ async def test_streams_go_on_over_two_killed_coordinators_and_workers_stay(mark:
             assert status.coordinator.pid == of_module(mark, COORDINATOR)
             assert engine._local is not None
             assert engine._local.coordinator_pid == status.coordinator.pid
-        assert [await one for one in reading] == expected
+        assert [await one.task for one in readings] == expected
         assert workers(mark) == pids
         seen = [await anext(events)]
         while seen[-1].term != 3:
@@ -68,21 +75,21 @@ async def test_streams_go_on_over_two_killed_coordinators_and_workers_stay(mark:
 
 async def test_a_stopped_coordinator_is_killed_and_followed(mark: str) -> None:
     async with running(msgspec.structs.replace(ONE, faults=PATIENT)) as engine:
-        expected = await read_all(engine, 1)
-        reading = asyncio.create_task(read_all(engine, 1))
-        await begun(engine)
+        (expected,) = await read_all(engine, 1)
+        reading = Reading(engine, 1)
+        await reading.at(20)
         stopped = of_module(mark, COORDINATOR)
         os.kill(stopped, signal.SIGSTOP)
         async with asyncio.timeout(25.0):
-            assert await reading == expected
+            assert await reading.task == expected
         assert not is_alive(stopped)
         assert (await engine.status()).term == 2
 
 
 async def test_a_request_with_an_id_of_its_own_is_read_on_by_another_connection(mark: str) -> None:
     async with running(ONE) as engine:
-        expected = await read_all(engine, 7)
-        params = SamplingParams(max_tokens=300, temperature=0.8, seed=7, ignore_eos=True)
+        (expected,) = await read_all(engine, 7)
+        params = SamplingParams(max_tokens=200, temperature=0.8, seed=7, ignore_eos=True)
         outputs = engine.generate("The", params, "mine")
         first = await anext(outputs)
         async with await AsyncEngine.connect(engine.endpoint) as other:
@@ -98,17 +105,14 @@ async def test_a_request_with_an_id_of_its_own_is_read_on_by_another_connection(
 async def test_coordinators_that_die_too_often_end_the_engine_which_says_so(mark: str, runtime_root: Path) -> None:
     faults = FaultConfig(restart_limit=1)
     async with running(msgspec.structs.replace(ONE, faults=faults)) as engine:
-        reading = asyncio.create_task(read_all(engine, 1, length=400))
-        await begun(engine)
         os.kill(of_module(mark, COORDINATOR), signal.SIGKILL)
         assert (await engine.status()).term == 2
         last = of_module(mark, COORDINATOR)
         os.kill(last, signal.SIGKILL)
         with pytest.raises(EngineClosed, match=rf"coordinator \(pid {last}\) ended with signal 9"):
             await read_all(engine, 2)
-        reading.cancel()
         await until(lambda: not marked(mark), 3.0, f"left: {marked(mark)}")
-        assert list(runtime_root.iterdir()) == []
+        assert files_in(runtime_root) == []
 
 
 async def test_a_coordinator_killed_while_the_engine_starts_is_followed(mark: str) -> None:
@@ -119,7 +123,7 @@ async def test_a_coordinator_killed_while_the_engine_starts_is_followed(mark: st
         await until(lambda: any(event.kind == "loading" for event in events), 30.0, "nothing is loaded")
         os.kill(of_module(mark, COORDINATOR), signal.SIGKILL)
         await starting
-        assert len(await read_all(engine, 1, length=8)) == 8
+        assert [len(tokens) for tokens in await read_all(engine, 1, length=8)] == [8]
         assert (await engine.status()).term == 2
     finally:
         await engine.close()

@@ -11,7 +11,7 @@ import pytest
 
 from drumline.engine.config import FaultConfig, ParallelConfig
 from tests.integration.engine.processes import of_module, running, until, workers
-from tests.integration.engine.test_coordinator_restarts import begun, read_all
+from tests.integration.engine.test_coordinator_restarts import Reading, read_all
 from tests.integration.engine.test_life import ONE, TWO
 from tests.procfs import is_alive
 
@@ -23,17 +23,17 @@ async def test_streams_go_on_without_a_forkserver_and_the_next_one_replaces_work
     mark: str, number: signal.Signals
 ) -> None:
     async with running(msgspec.structs.replace(TWO, faults=FaultConfig(restart_limit=20))) as engine:
-        expected = [await read_all(engine, seed) for seed in range(3)]
+        expected = await read_all(engine, 0, 1, 2)
         events = engine.events()
         pids = workers(mark)
-        reading = [asyncio.create_task(read_all(engine, seed)) for seed in range(3)]
-        await begun(engine)
+        readings = [Reading(engine, seed) for seed in range(3)]
+        await readings[0].at(10)
         forkserver = of_module(mark, FORKSERVER)
         os.kill(forkserver, number)
-        await asyncio.sleep(0.2)
+        await readings[0].at(30)
         assert workers(mark) == pids
         os.kill(pids[1], signal.SIGKILL)
-        assert [await one for one in reading] == expected
+        assert [await one.task for one in readings] == expected
         # Without its parent the exit is told by whoever has become that, with the signal.
         told = "signal 9" if number == signal.SIGKILL else "rank 1"
         async with asyncio.timeout(20.0):
@@ -44,17 +44,17 @@ async def test_streams_go_on_without_a_forkserver_and_the_next_one_replaces_work
         assert not is_alive(forkserver)
         assert workers(mark)[0] == pids[0]
         assert len(workers(mark)) == 2
-        assert await read_all(engine, 1) == expected[1]
+        assert await read_all(engine, 1) == expected[1:2]
 
 
 async def test_the_one_worker_of_uni_is_replaced_as_often_as_it_dies(mark: str) -> None:
     parallel = ParallelConfig(distributed_executor_backend="uni")
     async with running(msgspec.structs.replace(ONE, parallel=parallel)) as engine:
-        expected = await read_all(engine, 1, length=100)
+        (expected,) = await read_all(engine, 1, length=100)
         for _ in range(2):
-            reading = asyncio.create_task(read_all(engine, 1, length=100))
-            await begun(engine)
+            reading = Reading(engine, 1, length=100)
+            await reading.at(10)
             (pid,) = workers(mark)
             os.kill(pid, signal.SIGKILL)
-            assert await reading == expected
+            assert await reading.task == expected
             await until(lambda pid=pid: workers(mark) not in ([], [pid]), 5.0, "it was not replaced")  # type: ignore[misc]

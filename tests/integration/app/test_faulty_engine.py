@@ -76,7 +76,7 @@ async def test_what_cannot_or_does_not_happen_raises_and_is_not_recorded(mark: s
             await faulty.drop(["Step"], [0], direction="to_worker", lasting_s=0.4)
         with pytest.raises(InjectionFailed, match="scenario 'nobody there': rank 7 does not exist"):
             await faulty.play(Scenario("nobody there", (ScheduledFault("kill", rank=7),)))
-        with pytest.raises(InvalidRequest, match="at: found 'lunch'"):
+        with pytest.raises(InvalidRequest, match="at: found lunch; valid: None"):
             await faulty.kill(0, at="lunch")
         assert faulty.injected == []
         # The order that was given up does not happen later.

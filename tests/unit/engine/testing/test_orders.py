@@ -82,7 +82,7 @@ async def test_an_order_that_is_given_up_is_taken_back() -> None:
         await orders(engine, Events(), 0.05).injected(one)
     (first, last) = engine.orders
     assert first == (one,)
-    assert [(given.number, given.rank, given.kind, given.factor) for given in last] == [(1, 1, "slow", 1.0)]
+    assert [(given.number, given.rank, given.kind) for given in last] == [(1, 1, "none")]
 
 
 async def test_a_refused_order_is_a_fault_that_did_not_happen() -> None:

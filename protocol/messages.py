@@ -167,9 +167,9 @@ class Injection(Part, frozen=True):
 
     ``kind``: kill (SIGKILL to itself), stop (SIGSTOP; somebody else wakes it), exit (with status 1), segv, raise (an
     exception), nan (the logits of the first row), hang (the main thread, for good), slow (every step from then on takes
-    ``factor`` times as long, for ``seconds``). ``point``: now, loading, leave (coming out of the old epoch), regroup
-    (while an epoch forms), joining (the same, in the first epoch of a process), idle, step, prefill, decode. ``step``:
-    the first step of its epoch that it may happen in, -1 for any.
+    ``factor`` times as long, for ``seconds``), none (takes back the one with this number). ``point``: now, loading,
+    leave (coming out of the old epoch), regroup (while an epoch forms), joining (the same, in the first epoch of a
+    process), idle, step, prefill, decode. ``step``: the first step of its epoch that it may happen in, -1 for any.
     """
 
     number: int

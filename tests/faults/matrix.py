@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 
 from drumline.engine.config import EngineConfig, ParallelConfig
 from drumline.engine.testing import FaultyEngine, InjectedFault
 from drumline.protocol.messages import Event
 from drumline.protocol.status import EngineStatus
-from tests.faults.streams import Gaps, Streams
+from tests.faults.streams import Streams, requests
 from tests.procfs import is_alive
 
 POINTS = ("idle", "prefill", "decode", "regroup", "joining", "loading")
-LOADS_S = 60.0
 
 
 def demo(**parallel: int | bool) -> EngineConfig:
@@ -30,7 +28,7 @@ LAYOUTS = {
     "pp2-dp2-ep": demo(pipeline_parallel_size=2, data_parallel_size=2, enable_expert_parallel=True),
     "tp2-dp2": demo(tensor_parallel_size=2, data_parallel_size=2),
 }
-"""Those of the demo model; ``llama-dp2`` needs a checkpoint."""
+"""Those of the demo model; that of :func:`dense` needs a checkpoint."""
 
 
 def dense(folder: os.PathLike[str]) -> EngineConfig:
@@ -40,63 +38,75 @@ def dense(folder: os.PathLike[str]) -> EngineConfig:
 
 @dataclass
 class Matrix:
-    """A running engine, its streams, and what came of the faults by point."""
+    """A running engine and its streams. ``point``: where the fault under way happens."""
 
     faulty: FaultyEngine
     streams: Streams
-    told: list[tuple[float, Event]]
-    gaps: dict[str, Gaps] = field(default_factory=dict)
+    point: str = ""
+    kills: int = 0
 
-    async def kill(self, point: str, rank: int) -> None:
-        """Kill ``rank`` at ``point`` and see to it that nothing came of that but a pause."""
-        before = await self.faulty.engine.status()
-        count = len(self.faulty.injected)
-        moment = time.monotonic()
-        await (self._idle(rank) if point == "idle" else self._running(point, rank, before))
-        await self.streams.equal()
-        await self.faulty.until_whole(LOADS_S)
-        self._check(await self.faulty.engine.status(), before, self.faulty.injected[count:])
-        for at in self._deaths(moment):
-            self.gaps.setdefault(point, Gaps()).add(self.streams.gaps(at))
+    def take(self, event: Event) -> None:
+        """An event of the engine: a rank is about to kill itself."""
+        if event.kind == "injected":
+            self.streams.fault(self.point)
 
-    async def _idle(self, rank: int) -> None:
-        await self.faulty.kill(rank, at="idle")
-        self.streams.start()
+    async def at_idle(self, rank: int) -> None:
+        """Kill ``rank`` while nothing runs; requests come at once."""
+        async with self._checked("idle"):
+            await self.faulty.kill(rank, at="idle")
+            async with self.streams.running():
+                await self.streams.move_on()
 
-    async def _running(self, point: str, rank: int, before: EngineStatus) -> None:
-        if point == "prefill":
+    async def under_load(self, point: str, rank: int) -> None:
+        """Kill ``rank`` at ``point`` while the streams run."""
+        async with self._checked(point):
             order = await _ordered(self.faulty.kill(rank, at=point))
-            self.streams.start()
-        else:
-            self.streams.start()
-            await self.streams.decoding()
-            order = await _ordered(self.faulty.kill(rank, at=point))
-        # What is to happen in a regroup, or to a replacement, needs another death first.
-        if point == "regroup":
-            await self.faulty.kill(_other(rank, before))
-        elif point in ("joining", "loading"):
-            await self.faulty.kill(rank)
-        await order
+            # What is to happen in a regroup, or to a replacement, needs another death first.
+            if point == "regroup":
+                await self._kill_now(_other(rank, await self.faulty.engine.status()))
+            elif point in ("joining", "loading"):
+                await self._kill_now(rank)
+            await order
+            await self.streams.move_on()
 
-    def _deaths(self, since: float) -> list[float]:
-        """When ranks began to be lost, as the engine told."""
-        return [at for at, event in self.told if at > since and event.kind == "fault" and event.fault == "exit"]
+    async def _kill_now(self, rank: int) -> None:
+        self.streams.fault(self.point)
+        await self.faulty.kill(rank)
 
-    def _check(self, after: EngineStatus, before: EngineStatus, injected: Sequence[InjectedFault]) -> None:
+    def _checked(self, point: str) -> _Checked:
+        self.point = point
+        return _Checked(self)
+
+
+class _Checked:
+    """Around one fault: it killed whom it was to kill, nobody else was replaced, and the engine is whole again."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self._matrix = matrix
+        self._count = len(matrix.faulty.injected)
+        self._before: EngineStatus | None = None
+
+    async def __aenter__(self) -> None:
+        self._before = await self._matrix.faulty.engine.status()
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        faulty, before = self._matrix.faulty, self._before
+        assert before is not None
+        await faulty.until_whole()
+        after = await faulty.engine.status()
+        injected = faulty.injected[self._count :]
         assert injected
         for fault in injected:
             assert fault.kind == "kill"
             assert fault.pid == 0 or not is_alive(fault.pid)
-        for rank in {fault.rank for fault in injected}:
-            deaths = sum(fault.rank == rank for fault in injected)
-            assert after.ranks[rank].pid != before.ranks[rank].pid
-            assert after.ranks[rank].restarts == before.ranks[rank].restarts + deaths
-        killed = {fault.rank for fault in injected}
-        kept = [
-            (old.pid, new.pid) for old, new in zip(before.ranks, after.ranks, strict=True) if old.rank not in killed
-        ]
-        assert all(old == new for old, new in kept), f"ranks that nobody killed were replaced: {kept}"
+        for old, new in zip(before.ranks, after.ranks, strict=True):
+            deaths = sum(fault.rank == old.rank for fault in injected)
+            assert new.restarts == old.restarts + deaths
+            assert (new.pid != old.pid) == (deaths > 0), f"rank {old.rank}: pid {old.pid}, then {new.pid}"
         assert after.requests.failed == after.requests.cancelled == 0
+        self._matrix.kills += len(injected)
 
 
 async def _ordered(order: Coroutine[object, object, InjectedFault]) -> asyncio.Task[InjectedFault]:
@@ -108,17 +118,33 @@ async def _ordered(order: Coroutine[object, object, InjectedFault]) -> asyncio.T
 def _other(rank: int, status: EngineStatus) -> int:
     """Whose death ``rank`` is to see as a survivor: one of its own replica, so that another goes on, if there is one."""
     own = status.ranks[rank].dp_rank
-    return max((one for one in status.ranks if one.rank != rank), key=lambda one: (one.dp_rank == own, -one.rank)).rank
+    others = [one for one in status.ranks if one.rank != rank]
+    return max(others, key=lambda one: (one.dp_rank == own, -one.rank)).rank
 
 
-async def run(config: EngineConfig, faults: Sequence[tuple[str, int]], tokens: int) -> dict[str, Gaps]:
-    """One engine, one fault (its point and rank) after the other; returns the times to the next token by point."""
-    told: list[tuple[float, Event]] = []
-    async with FaultyEngine(config, on_event=lambda event: told.append((time.monotonic(), event))) as faulty:
-        streams = Streams(faulty.engine, tokens)
-        await streams.undisturbed()
-        matrix = Matrix(faulty, streams, told)
+async def run(
+    config: EngineConfig,
+    faults: Sequence[tuple[str, int]],
+    title: str,
+    more: Callable[[], bool] = lambda: True,
+) -> Streams:
+    """One engine, one fault (its point and rank) after the other, those at idle first, while there is to be ``more``."""
+    matrix: Matrix | None = None
+
+    def take(event: Event) -> None:
+        if matrix is not None:
+            matrix.take(event)
+
+    async with FaultyEngine(config, on_event=take) as faulty:
+        streams = await Streams.learned(faulty.engine, requests())
+        matrix = Matrix(faulty, streams)
         for point, rank in faults:
-            await matrix.kill(point, rank)
-        assert streams.ties <= max(1, streams.compared // 500), f"{streams.ties} ties of {streams.compared}"
-        return matrix.gaps
+            if point == "idle" and more():
+                await matrix.at_idle(rank)
+        async with streams.running():
+            await streams.move_on()
+            for point, rank in faults:
+                if point != "idle" and more():
+                    await matrix.under_load(point, rank)
+        print("\n" + streams.report(title) + f"\n{title}: {matrix.kills} kills")
+        return streams

@@ -1,155 +1,113 @@
-"""Streams that run while faults happen: what they said, when, and whether it is what they say undisturbed."""
+"""Streams that are kept running while faults happen, each request compared with what it says undisturbed."""
 
 from __future__ import annotations
 
 import asyncio
-import bisect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-import msgspec
-
 from drumline.engine.client import AsyncEngine
-from drumline.engine.outputs import RequestOutput
 from drumline.engine.sampling_params import SamplingParams
-from drumline.engine.testing import Comparison, compare
-from drumline.engine.testing import Sequence as Read
+from drumline.engine.testing.load import Asked, Load
+from drumline.engine.testing.recovery import Recoveries
 
 STREAMS = 32
+TOKENS = 40
 WITHIN_S = 60.0
 SMALLEST_ID, IDS = 3, 240
-"""Token ids that every model of the tests has and none ends at."""
+"""Token ids that every model of the tests has."""
+TIES_PER_SEQUENCE = 1 / 500
+
+
+def requests(streams: int = STREAMS, tokens: int = TOKENS) -> list[Asked]:
+    """Greedy and sampled ones in turn, some with two sequences, some with a penalty; what decides ties is reported."""
+    return [Asked(prompt_of(number), params_of(number, tokens)) for number in range(streams)]
 
 
 def prompt_of(number: int) -> list[int]:
-    """Of another length and other tokens for each number; cached blocks leave something to prefill."""
+    """Of its own tokens and more or fewer of them; one block that may be cached, and a rest."""
     return [SMALLEST_ID + (number * 17 + place * 5) % IDS for place in range(17 + number % 11)]
 
 
 def params_of(number: int, tokens: int) -> SamplingParams:
-    """Every second stream is sampled; what decides ties is reported."""
     return SamplingParams(
-        temperature=0.8 * (number % 2), seed=number, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False
+        temperature=0.8 * (number % 2),
+        seed=number,
+        max_tokens=tokens,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=0,
+        n=2 if number % 16 == 3 else 1,
+        presence_penalty=0.4 if number % 16 in (5, 6) else 0.0,
     )
 
 
 @dataclass
-class Stream:
-    """One stream. ``times``: of ``time.monotonic()``, when each piece of it was read."""
-
-    number: int
-    params: SamplingParams
-    times: list[float] = field(default_factory=list)
-    length: int = 0
-    task: asyncio.Task[Read] | None = None
-
-    async def read(self, engine: AsyncEngine, request_id: str | None) -> Read:
-        last: RequestOutput | None = None
-        async for output in engine.generate(prompt_of(self.number), self.params, request_id):
-            last = output
-            self.length = len(output.token_ids)
-            self.times.append(time.monotonic())
-        assert last is not None, f"stream {self.number} ended without a word"
-        return Read.of(last)
-
-    def gap_after(self, moment: float) -> float | None:
-        """From ``moment`` to the next piece, None when it had ended by then."""
-        place = bisect.bisect_right(self.times, moment)
-        return self.times[place] - moment if place < len(self.times) else None
-
-
-@dataclass
 class Streams:
-    """``count`` streams of ``tokens`` tokens each on one engine; ``expected`` is what they say undisturbed.
-
-    ``ties``: streams that differed by a tie alone, of the ``compared`` ones.
-    """
+    """The streams of one engine. ``moved``: how often each of them has moved on."""
 
     engine: AsyncEngine
-    tokens: int
-    count: int = STREAMS
-    expected: list[Read] = field(default_factory=list)
-    running: list[Stream] = field(default_factory=list)
-    compared: int = 0
+    asked: list[Asked]
+    recoveries: Recoveries
+    moved: list[int]
+    requests: int = 0
+    sequences: int = 0
     ties: int = 0
+    failed: list[str] = field(default_factory=list)
 
-    async def undisturbed(self) -> None:
-        """Have ``expected`` said; what is said twice is the same."""
-        self.start()
-        self.expected = [await task for task in self._tasks()]
-        assert all(len(one.tokens) == self.tokens for one in self.expected)
+    @classmethod
+    async def learned(cls, engine: AsyncEngine, asked: list[Asked] | None = None) -> Streams:
+        """Those of ``asked``, whose answers have been learned from ``engine`` before any fault."""
+        asked = requests() if asked is None else asked
+        await Load(engine, asked, lambda number, at: None).learn()
+        return cls(engine, asked, Recoveries(len(asked)), [0] * len(asked))
 
-    def start(self, name: Callable[[int], str | None] = lambda number: None) -> None:
-        """Begin all streams anew; ``name`` gives the request's id."""
-        assert not any(not task.done() for task in self._tasks())
-        self.running = [Stream(number, params_of(number, self.tokens)) for number in range(self.count)]
-        for one in self.running:
-            one.task = asyncio.create_task(one.read(self.engine, name(one.number)))
+    def _moved(self, number: int, at: float) -> None:
+        self.moved[number] += 1
+        self.recoveries.token(number, at)
 
-    def _tasks(self) -> list[asyncio.Task[Read]]:
-        return [one.task for one in self.running if one.task is not None]
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Keep them running; in the end every request that was made has said what was expected, and ended."""
+        load = Load(self.engine, self.asked, self._moved)
+        running = asyncio.create_task(load.run())
+        try:
+            yield
+            load.finish()
+            async with asyncio.timeout(WITHIN_S):
+                await running
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        tally = load.tally
+        assert tally.clean, tally.failures
+        assert tally.requests >= len(self.asked)
+        self.requests += tally.requests
+        self.sequences += tally.requests * sum(one.params.n for one in self.asked) // len(self.asked)
+        self.ties += tally.ties
+        assert self.ties <= 1 + self.sequences * TIES_PER_SEQUENCE, f"{self.ties} ties of {self.sequences}"
 
-    async def decoding(self, least: int = 4) -> None:
-        """Wait until every stream has ``least`` tokens; none has ended by then."""
+    def fault(self, kind: str) -> float:
+        """One happens now, or has just happened: from here on the time to the next token counts."""
+        now = time.monotonic()
+        self.recoveries.fault(kind, now)
+        return now
+
+    async def move_on(self, pieces: int = 2) -> None:
+        """Wait until every stream has moved on so many times more."""
+        goal = [count + pieces for count in self.moved]
         deadline = time.monotonic() + WITHIN_S
-        while any(one.length < least for one in self.running):
-            await self._look(deadline, f"not all streams came to {least} tokens")
-        assert not any(task.done() for task in self._tasks()), "a stream ended before the fault: too few tokens"
+        while any(count < least for count, least in zip(self.moved, goal, strict=True)):
+            still = [number for number, count in enumerate(self.moved) if count < goal[number]]
+            assert time.monotonic() < deadline, f"streams {still} stand still"
+            await asyncio.sleep(0.005)
 
-    async def go_on(self, moment: float) -> None:
-        """Wait until every stream that had not ended has said something after ``moment``."""
-        deadline = time.monotonic() + WITHIN_S
-        while any(one.gap_after(moment) is None and not _over(one) for one in self.running):
-            await self._look(deadline, "not all streams go on")
-
-    async def _look(self, deadline: float, what: str) -> None:
-        for task in self._tasks():
-            if task.done() and task.exception() is not None:
-                await task  # raises
-        lengths = [one.length for one in self.running]
-        assert time.monotonic() < deadline, f"{what} within {WITHIN_S:g} s: {lengths}"
-        await asyncio.sleep(0.005)
-
-    async def equal(self, but: Sequence[int] = ()) -> None:
-        """Wait for the end of all streams except ``but``; each has said what it says undisturbed."""
-        async with asyncio.timeout(WITHIN_S):
-            for one, expected in zip(self.running, self.expected, strict=True):
-                if one.number not in but:
-                    assert one.task is not None
-                    self._compare(one, expected, await one.task)
-
-    def _compare(self, one: Stream, expected: Read, found: Read) -> None:
-        seen: Comparison = compare(expected, found, one.params)
-        assert seen.equal, f"stream {one.number}: {seen}\nexpected {expected.tokens}\nfound    {found.tokens}"
-        self.compared += 1
-        self.ties += seen.tie
-
-    def gaps(self, moment: float) -> list[float]:
-        """From ``moment`` to the next token of every stream that had not ended by then, in seconds."""
-        return [gap for one in self.running if (gap := one.gap_after(moment)) is not None]
-
-
-def _over(one: Stream) -> bool:
-    return one.task is None or one.task.done()
-
-
-class Gaps(msgspec.Struct):
-    """Times from a fault to the next token, over streams and faults. ``kills``: how many faults."""
-
-    seconds: list[float] = []
-    kills: int = 0
-
-    def add(self, gaps: Sequence[float]) -> None:
-        """One more fault."""
-        self.seconds = sorted([*self.seconds, *gaps])
-        self.kills += 1
-
-    def __str__(self) -> str:
-        if not self.seconds:
-            return f"{self.kills} kills, no stream ran"
-        at = [self.seconds[min(int(len(self.seconds) * share), len(self.seconds) - 1)] for share in (0.5, 0.99)]
-        return (
-            f"{self.kills} kills, {len(self.seconds)} times to the next token: p50 {1e3 * at[0]:.0f} ms, "
-            f"p99 {1e3 * at[1]:.0f} ms, longest {1e3 * self.seconds[-1]:.0f} ms"
-        )
+    def report(self, title: str) -> str:
+        """Times to the next token by kind of fault, and how many requests were compared."""
+        lines = [f"{title}: {self.requests} requests equal, {self.ties} ties"]
+        for kind, one in self.recoveries.spreads().items():
+            times = f"p50 {1e3 * one.p50_s:.0f} ms, p99 {1e3 * one.p99_s:.0f} ms, longest {1e3 * one.max_s:.0f} ms"
+            lines.append(f"{title} {kind}: {one.count} times to the next token, {times}")
+        return "\n".join(lines)

@@ -51,6 +51,9 @@ soak-stateless: $(STAMP)  ## at least 200,000 calls, whatever MINUTES says
 soak-rpc: $(STAMP)
 	$(BIN)/python -m tests.simulation.rank_calls --minutes $(MINUTES)
 
+soak-chaos: $(STAMP)  ## 20 minutes when called alone; random faults on a real engine under load
+	$(BIN)/drumline chaos --minutes $(long) --seed $(or $(SEED),0)
+
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("drumline needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

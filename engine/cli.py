@@ -54,6 +54,7 @@ main = LazyGroup(
     {
         "generate": ("drumline.engine.commands.generate:generate", "continue prompts with a model"),
         "layout": ("drumline.engine.commands.layout:layout", "which rank holds what of a model"),
+        "chaos": ("drumline.engine.commands.chaos:chaos", "random faults on an engine under load"),
         "bench": ("drumline.engine.cli:bench", "measure drumline"),
     },
     name="drumline",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 from tokenizers import Tokenizer
@@ -129,12 +129,10 @@ class ClientRequests:
             self._connection.cancel_quietly(stream.request_id)
 
 
-def _positions(positions: Sequence[int]) -> tuple[int, ...]:
+def _positions(positions: object) -> tuple[int, ...]:
     """A caller may ignore the annotations: anything can come here."""
-    try:
+    if isinstance(positions, Iterable):
         found = tuple(positions)
-    except TypeError:
-        found = ("",)
-    if any(not isinstance(at, int) or isinstance(at, bool) or not 0 <= at < 1 << 31 for at in found):
-        raise InvalidRequest("positions", positions, "numbers of generated tokens that were read, one for each index")
-    return found
+        if all(isinstance(at, int) and not isinstance(at, bool) and 0 <= at < 1 << 31 for at in found):
+            return found
+    raise InvalidRequest("positions", positions, "how many generated tokens were read, one number for each index")

@@ -132,7 +132,7 @@ class EngineConfig(Settings, frozen=True):
     model's own. ``dtype``: "auto" is the checkpoint's, float32 for one in float16. ``journal``: None keeps
     it in the engine's private folder, "off" keeps none, else the path of the file. ``endpoint``: None, the sockets lie
     in a private folder of the engine. ``inline`` runs the coordinator in the app's event loop, not in a process of its
-    own. ``fault_injection``: ranks obey injected faults
+    own. ``fault_injection``: ranks obey injected faults, and are started again after 0.5 s at most
     (:mod:`drumline.engine.testing`).
     """
 

@@ -20,10 +20,11 @@ from typing import Any
 import msgspec
 import zmq
 
-from drumline.engine.calls import RankCalls
+from drumline.engine.call_desk import CallDesk
 from drumline.engine.client_connections import ClientConnection
 from drumline.engine.client_port import ClientPort
-from drumline.engine.core.coordination import Coordination, CoordinationConfig
+from drumline.engine.core.coordination import Coordination
+from drumline.engine.core.coordination_config import CoordinationConfig
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.members import Called, Ended, Loading, Output, Ready, Tell, ToOwner, ToPeer, ToReplica
 from drumline.engine.inject_orders import InjectOrders
@@ -39,13 +40,10 @@ from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
     CallRanks,
-    CallRanksResult,
-    CallResult,
     Event,
     Failed,
     InjectFaults,
     Leave,
-    Rejected,
     WelcomeClient,
 )
 
@@ -87,7 +85,6 @@ class Coordinator:
         self._superseded_by_another = False
         self.keeping = Keeping(order, self._journal_changed, self._superseded)
         self.term = self.keeping.term
-        self._calls = RankCalls(self.term)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._bind()
@@ -123,6 +120,7 @@ class Coordinator:
         except BaseException:
             self.workers.close()
             raise
+        self._calls = CallDesk(self.term, self.workers, self.clients.connections)
         self._inject_orders = InjectOrders(self.workers, self.keeping, self.coordination, injection)
 
     # ---------------------------------------------------------------------------------------------- life
@@ -205,8 +203,7 @@ class Coordinator:
             now = self.clock.now()
             self.workers.tick(now)
             self.clients.tick(now)
-            for call in self._calls.expire(now):
-                self._answer(call.connection, call.result())
+            self._calls.expire(now)
             self.changed(now)
 
     def _until_next(self) -> float:
@@ -269,7 +266,7 @@ class Coordinator:
         connections = self.clients.connections
         if isinstance(output, ToPeer | ToReplica | ToOwner):
             if isinstance(output, ToPeer) and isinstance(output.message, Leave):
-                self._calls_void(output.rank)
+                self._calls.void(output.rank)
             self.workers.carry_out(output, now)
         elif isinstance(output, Tell):
             self._log(output.event)
@@ -278,7 +275,7 @@ class Coordinator:
             text = f"rank {output.rank} has loaded {output.done} of {output.total} bytes"
             connections.broadcast(Event("loading", text, output.rank, output.done, output.total))
         elif isinstance(output, Called):
-            self._call_result(output.message)
+            self._calls.answered(output.message)
         elif isinstance(output, Ready):
             self._ready()
         elif isinstance(output, Ended):
@@ -313,36 +310,9 @@ class Coordinator:
         self.clients.connections.reply(connection, self._inject_orders.take(message, now))
         self.changed(now)
 
-    # ------------------------------------------------------------------------------------------- control calls
-
     def call_ranks(self, connection: ClientConnection, message: CallRanks, now: float) -> None:
-        opened = self._calls.open(connection.number, message, self.workers.epochs(), now)
-        if isinstance(opened, ErrorInfo):
-            self.clients.connections.reply(connection, Rejected(message.call_id, "", opened))
-            return
-        call, sends = opened
-        if not sends:
-            self.clients.connections.reply(connection, call.result())
-        for rank, one in sends:
-            if not self.workers.send_call(rank, one, message.timeout_s, now):
-                for done in self._calls.unreachable(rank, f"rank {rank} cannot be reached"):
-                    self._answer(done.connection, done.result())
+        self._calls.open(connection, message, now)
         self._wake.set()
-
-    def _calls_void(self, rank: int) -> None:
-        """The rank leaves the epoch that it was called in, and answers nothing of it any more."""
-        for done in self._calls.unreachable(rank, f"rank {rank} was called in an epoch that has ended", retryable=True):
-            self._answer(done.connection, done.result())
-
-    def _call_result(self, message: CallResult) -> None:
-        done = self._calls.answer(message)
-        if done is not None:
-            self._answer(done.connection, done.result())
-
-    def _answer(self, number: int, result: CallRanksResult) -> None:
-        connection = self.clients.connections.numbered(number)
-        if connection is not None:
-            self.clients.connections.reply(connection, result)
 
     # ------------------------------------------------------------------------------------- what the engine becomes
 

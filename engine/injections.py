@@ -6,7 +6,7 @@ import msgspec
 
 from drumline.protocol.messages import FromWorkerSide, Inject, Injected, Injection, ToWorker, WelcomeWorker
 
-MAX_PENDING = 1024
+TAKEN_BACK = "none"
 
 
 class Injections:
@@ -20,9 +20,12 @@ class Injections:
         return len(self._pending)
 
     def add(self, injections: tuple[Injection, ...]) -> None:
-        """More of them; one with the number of another takes its place."""
+        """More of them; one with the number of another takes its place, or, of kind ``none``, takes it back."""
         for one in injections:
-            self._pending[one.number] = one
+            if one.kind == TAKEN_BACK:
+                self._pending.pop(one.number, None)
+            else:
+                self._pending[one.number] = one
 
     def clear(self) -> None:
         """Forget those that have not come to pass."""

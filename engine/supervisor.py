@@ -2,8 +2,9 @@
 
 It reads one :class:`~drumline.engine.launch.order.Order` from stdin, starts the coordinator and what starts the ranks
 (:mod:`~drumline.engine.launch.rank_processes`), starts and kills workers as the coordinator asks, and reports every
-exit at once. Its stdin is its lifeline: when it ends, or SIGTERM comes, or the coordinator ends, everything it owns
-ends within 3 s and the runtime directory is removed. A fatal error goes to the owner as a JSON line on stdout.
+exit at once. A coordinator or forkserver that dies is followed by another one, while the workers live on. Its stdin is
+its lifeline: when it ends, or SIGTERM comes, or the coordinator says that the engine ends, everything it owns ends
+within 3 s and the runtime directory is removed. A fatal error goes to the owner as a JSON line on stdout.
 """
 
 from __future__ import annotations
@@ -14,36 +15,16 @@ import logging
 import os
 import signal
 import sys
-from collections import deque
-from typing import Any
+import time
 
-import zmq
-
-from drumline.engine.launch.order import (
-    MAX_LINE_BYTES,
-    Order,
-    Report,
-    encode_line,
-    log_to_stderr,
-    read_order,
-    read_report,
-    remove_runtime_dir,
-)
-from drumline.engine.launch.owned_process import OwnedProcess, watch_owner
+from drumline.engine.launch.coordinator_keeper import CoordinatorKeeper
+from drumline.engine.launch.order import Order, Report, encode_line, log_to_stderr, read_order, remove_runtime_dir
+from drumline.engine.launch.owned_process import watch_owner
 from drumline.engine.launch.rank_processes import RankProcesses, rank_processes
-from drumline.protocol.codec import Codec
-from drumline.protocol.errors import EngineClosed, ErrorInfo, ProtocolError
-from drumline.protocol.messages import (
-    PROTOCOL_VERSION,
-    Beat,
-    FromSupervisor,
-    HelloSupervisor,
-    Kill,
-    Spawn,
-    Stopping,
-    ToSupervisor,
-)
-from drumline.protocol.sockets import Dealer
+from drumline.engine.launch.roster import Roster
+from drumline.engine.launch.subreaper import become_subreaper, reap_orphans
+from drumline.protocol.errors import ErrorInfo, ProtocolError
+from drumline.protocol.messages import Beat, Exited, Kill, Notice, Spawn, Spawned, Stopping, ToSupervisor
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +34,8 @@ GRACE_S = 1.0
 TERM_S = 0.6
 """How long they may take after that, once told by signal, before they are killed."""
 KILL_S = 0.8
+ORPHANS_EVERY = 10
+"""Beats between two looks at what the dead have left behind."""
 
 
 class Supervisor:
@@ -64,133 +47,105 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._error: ErrorInfo | None = None
         self._stopping = False
-        self._lines = bytearray()
-        self._coordinator_error: ErrorInfo | None = None
-        self._unsent: deque[FromSupervisor] = deque(maxlen=4096)
-        self._context: zmq.Context[Any] = zmq.Context()
+        self._started = False
+        self._roster = Roster()
         self._ranks: RankProcesses | None = None
-        self._coordinator: OwnedProcess | None = None
-        self._dealer: Dealer[ToSupervisor] | None = None
+        self._keeper = CoordinatorKeeper(
+            self._loop,
+            order,
+            self._roster,
+            on_message=self._take,
+            on_started=self._coordinator_started,
+            on_end=self._end,
+        )
 
     async def run(self) -> int:
         """Run until the owner is gone or something fatal happens. Returns the exit code: 1 after an error."""
         watch_owner(self._loop, 0, self._order.owner_pid, lambda: self._end(None))
         for number in (signal.SIGTERM, signal.SIGHUP):
             self._loop.add_signal_handler(number, self._end, None)
-        tasks: list[asyncio.Task[None]] = []
+        beating: asyncio.Task[None] | None = None
         try:
             try:
                 self._start()
             except OSError as error:
                 self._fail(f"a process cannot be started: {error}")
-            tasks = [self._loop.create_task(self._receive()), self._loop.create_task(self._beat())]
-            for task in tasks:
-                task.add_done_callback(self._task_ended)
+            beating = self._loop.create_task(self._beat(), name="beat")
+            beating.add_done_callback(self._task_ended)
             await self._stop.wait()
         finally:
             try:
                 await self._stop_all()
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                if self._dealer is not None:
-                    self._dealer.close()
-                self._context.term()
+                if beating is not None:
+                    beating.cancel()
+                    await asyncio.gather(beating, return_exceptions=True)
+                await self._keeper.close()
                 remove_runtime_dir(self._order.runtime_dir)
         self._tell(Report("stopped") if self._error is None else Report("failed", os.getpid(), self._error))
         return 0 if self._error is None else 1
 
     def _start(self) -> None:
+        become_subreaper()
         # What starts the ranks first: importing torch is what a start waits for.
         self._ranks = rank_processes(
             self._loop,
             self._order.config.parallel,
             self._order.worker_endpoint,
-            on_spawned=self._say,
-            on_exited=self._say,
-            on_lost=lambda text: self._fail(text),
+            on_spawned=self._worker_spawned,
+            on_exited=self._worker_exited,
+            on_lost=self._fail,
             import_path=self._order.import_path,
+            restart_limit=self._order.config.faults.restart_limit,
         )
-        if self._order.with_coordinator:
-            self._coordinator = OwnedProcess(
-                self._loop,
-                "drumline.engine.launch.coordinator",
-                [],
-                on_output=self._coordinator_output,
-                on_exit=self._coordinator_ended,
-                first_line=encode_line(
-                    Order(
-                        config=self._order.config,
-                        runtime_dir=self._order.runtime_dir,
-                        client_endpoint=self._order.client_endpoint,
-                        worker_endpoint=self._order.worker_endpoint,
-                        supervisor_token=self._order.supervisor_token,
-                        owner_pid=os.getpid(),
-                        term=self._order.term,
-                    )
-                ),
-            )
-        self._tell(Report("started", self._coordinator.pid if self._coordinator is not None else os.getppid()))
-        self._dealer = Dealer(self._context, self._order.worker_endpoint, Codec(ToSupervisor))
-        self._say(HelloSupervisor(PROTOCOL_VERSION, self._order.supervisor_token, os.getpid()))
+        self._keeper.start()
 
-    # ----------------------------------------------------------------------------------------- the coordinator
+    def _coordinator_started(self, pid: int) -> None:
+        self._tell(Report("restarted" if self._started else "started", pid or os.getppid()))
+        self._started = True
 
-    def _say(self, message: FromSupervisor) -> None:
-        if self._dealer is not None:
-            self._dealer.send(message)
+    # ------------------------------------------------------------------------------------------- the coordinator asks
 
-    async def _receive(self) -> None:
-        if self._dealer is None:
-            return  # the start failed and the end is under way
-        while True:
-            try:
-                message = await self._dealer.recv()
-            except EngineClosed as error:
-                # The exit of the coordinator, which is about to be told, says more than its lost connection.
-                self._loop.call_later(GRACE_S, self._fail, error.text)
-                return
-            if isinstance(message, Spawn):
-                if self._ranks is not None and not self._stopping:
-                    self._ranks.spawn(message.rank, self._order.worker_endpoint, message.token)
-            elif isinstance(message, Kill):
-                if self._ranks is not None:
-                    self._ranks.kill(message.pid, signal.SIGKILL)
-            elif isinstance(message, Stopping):
-                self._coordinator_error = self._coordinator_error or message.error
-                if self._coordinator is None:
-                    self._end(message.error)
-                else:
-                    # It ends by itself; its exit is awaited for the grace period, by the stop.
-                    self._loop.call_later(GRACE_S, self._end, message.error)
+    def _take(self, message: ToSupervisor) -> None:
+        if isinstance(message, Spawn):
+            if self._ranks is not None and not self._stopping:
+                self._roster.ordered(message.rank, message.token)
+                self._ranks.spawn(message.rank, self._order.worker_endpoint, message.token)
+        elif isinstance(message, Kill):
+            if self._ranks is not None and self._roster.is_process_of(message.rank, message.pid):
+                self._ranks.kill(message.pid, signal.SIGKILL)
+        elif isinstance(message, Notice):
+            log.info("%s: %s", message.kind, message.text)
+        elif isinstance(message, Stopping):
+            if self._keeper.process is None:
+                self._end(message.error)
+            else:
+                # It ends by itself; its exit is awaited for the grace period, by the stop.
+                self._loop.call_later(GRACE_S, self._end, message.error)
+
+    def _worker_spawned(self, message: Spawned) -> None:
+        if self._roster.spawned(message):
+            self._keeper.say(message)
+        elif self._ranks is not None:
+            self._ranks.kill(message.pid, signal.SIGKILL)
+
+    def _worker_exited(self, message: Exited) -> None:
+        if self._roster.exited(message):
+            self._keeper.say(message)
 
     async def _beat(self) -> None:
+        last, turns = time.monotonic(), 0
         while True:
-            self._say(Beat(os.getpid()))
+            self._keeper.say(Beat(os.getpid()))
             await asyncio.sleep(BEAT_S)
-
-    def _coordinator_output(self, data: bytes) -> None:
-        """Keep a fatal error that the coordinator writes; anything else on its stdout goes to stderr."""
-        self._lines += data
-        while (end := self._lines.find(b"\n")) >= 0:
-            line = bytes(self._lines[: end + 1])
-            del self._lines[: end + 1]
-            report = read_report(line)
-            if report is not None and report.error is not None:
-                self._coordinator_error = report.error
-            else:
-                sys.stderr.buffer.write(line)
-                sys.stderr.buffer.flush()
-        del self._lines[:-MAX_LINE_BYTES]
-
-    def _coordinator_ended(self, code: int, number: int) -> None:
-        error = self._coordinator_error
-        if error is None and not self._stopping:
-            how = f"signal {number}" if number else f"code {code}"
-            pid = self._coordinator.pid if self._coordinator is not None else 0
-            error = ErrorInfo(kind="engine_closed", text=f"the coordinator (pid {pid}) ended with {how}")
-        self._end(error)
+            now = time.monotonic()
+            # Time in which this process did not run is not the coordinator's.
+            self._keeper.tick(min(now - last, 2 * BEAT_S))
+            last, turns = now, turns + 1
+            if turns % ORPHANS_EVERY == 0:
+                process = self._keeper.process
+                known = self._ranks.pids if self._ranks is not None else set()
+                reap_orphans(known | ({process.pid} if process is not None else set()))
 
     # -------------------------------------------------------------------------------------------------- the end
 
@@ -212,8 +167,9 @@ class Supervisor:
     async def _stop_all(self) -> None:
         """End what is owned: politely, then by SIGTERM, then by SIGKILL, within 3 s in all."""
         self._stopping = True
-        coordinator, ranks = self._coordinator, self._ranks
-        self._say(Stopping(reason="the owner of the engine is gone or closes it", error=self._error))
+        self._keeper.stop()
+        coordinator, ranks = self._keeper.process, self._ranks
+        self._keeper.say(Stopping(reason="the owner of the engine is gone or closes it", error=self._error))
         if coordinator is not None:
             # The fatal error must arrive before the lifeline ends, which would end the coordinator without it.
             if self._error is not None:

@@ -167,9 +167,9 @@ class Injection(Part, frozen=True):
 
     ``kind``: kill (SIGKILL to itself), stop (SIGSTOP; somebody else wakes it), exit (with status 1), segv, raise (an
     exception), nan (the logits of the first row), hang (the main thread, for good), slow (every step from then on takes
-    ``factor`` times as long, for ``seconds``). ``point``: now, loading, leave (coming out of the old epoch), regroup
-    (while an epoch forms), joining (the same, in the first epoch of a process), idle, step, prefill, decode. ``step``:
-    the first step of its epoch that it may happen in, -1 for any.
+    ``factor`` times as long, for ``seconds``), none (takes back the one with this number). ``point``: now, loading,
+    leave (coming out of the old epoch), regroup (while an epoch forms), joining (the same, in the first epoch of a
+    process), idle, step, prefill, decode. ``step``: the first step of its epoch that it may happen in, -1 for any.
     """
 
     number: int
@@ -570,8 +570,8 @@ class MessageFault(Part, frozen=True):
 
 
 class InjectFaults(Message, frozen=True, tag=51):
-    """Bring faults upon the engine. ``clear``: forget what was ordered before and has not happened. ``full_disk``: 1 makes the journal find its disk full, 0 ends that,
-    -1 leaves it as it is. Answered by FaultsInjected."""
+    """Bring faults upon the engine. ``clear``: forget what was ordered before and has not happened. ``full_disk``: 1
+    makes the journal find its disk full, 0 ends that, -1 leaves it as it is. Answered by FaultsInjected."""
 
     call_id: int
     injections: tuple[Injection, ...] = ()

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drumline.workers.openmp import sleep_while_waiting
 from drumline.workers.process import start_worker
+from drumline.workers.torch_environment import leave_losses_to_us, sleep_while_waiting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"argument --token-file: {error}")
     sleep_while_waiting()
+    leave_losses_to_us()
     # At the end: torch is still to be imported, and another folder's module must not take the place of one of its own.
     sys.path += [entry for entry in options.import_path if entry not in sys.path]
     watched = options.token_file if options.lifeline_fd is None else None

@@ -21,7 +21,7 @@ class Connection:
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
         self._context: zmq.Context[Any] = zmq.Context()
-        self._codec = Codec(ToWorker)
+        self._codec: Codec[ToWorker] = Codec(ToWorker)
         self._dealer: ThreadDealer[ToWorker] | None = None
 
     @property

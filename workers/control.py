@@ -109,7 +109,7 @@ class Control:
 
     def grant_lease(self, lease_s: float) -> None:
         """Tell at once how long what runs may take; 0.0: no longer than usual."""
-        self.progress.lease_s = lease_s
+        self.progress.grant_lease(lease_s)
         self.outbox.wake()
 
     def finish(self, code: int) -> None:
@@ -142,10 +142,7 @@ class Control:
 
     def _lose_coordinator(self, error: EngineClosed) -> None:
         """Come out of the epoch and wait for the next one. Raises ``error`` when there is nothing to wait for."""
-        with contextlib.suppress(EngineClosed):  # a send may have found the end before its reason was read
-            while (message := self._connection.recv_nowait()) is not None:
-                if isinstance(message, Shutdown):
-                    self._take(message)
+        self._take_last_word()
         if self._exit_at is not None or self._exit_code is not None:
             raise error
         if self._registration.lose(error, time.monotonic()):
@@ -155,6 +152,13 @@ class Control:
             for load in self.inbox.drop():
                 self.outbox.loads.discard(load.term)
             self.inbox.put(CoordinatorLost(error.text))
+
+    def _take_last_word(self) -> None:
+        """A Shutdown that came before the connection ended and was not read yet: a send may have found the end."""
+        with contextlib.suppress(EngineClosed):
+            while (message := self._connection.recv_nowait()) is not None:
+                if isinstance(message, Shutdown):
+                    self._take(message)
 
     def _turn(self) -> None:
         ready = self._connection.poll(self._watched, self._timeout(time.monotonic()))
@@ -202,7 +206,7 @@ class Control:
         at = progress.position
         epoch = at.epoch if at.term in (-1, term) else -1  # a new coordinator has yet to form one
         done, total = progress.load_done, progress.load_total
-        return BeatWorker(term, epoch, me.rank, at.step, at.collective, at.inside, done, total, progress.lease_s)
+        return BeatWorker(term, epoch, me.rank, at.step, at.collective, at.inside, done, total, progress.lease_left())
 
     def _take(self, message: ToWorker) -> None:
         if isinstance(message, WelcomeWorker):

@@ -21,8 +21,8 @@ from pathlib import Path
 from drumline.protocol.errors import DrumlineError, ProtocolError
 from drumline.workers import lifeline
 from drumline.workers.framing import Command, CommandReader, pack
-from drumline.workers.openmp import sleep_while_waiting
 from drumline.workers.signals import release_signals, take_signals
+from drumline.workers.torch_environment import leave_losses_to_us, sleep_while_waiting
 
 STDERR_TAIL_BYTES = 4096
 REPLY_DEADLINE_MS = 5000
@@ -257,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lifeline_fd = None if options.lifeline_fd is None else lifeline.arm(options.lifeline_fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sleep_while_waiting()
+    leave_losses_to_us()
     start = preload()
     # After the imports of our own, which another folder's module must not take the place of.
     sys.path[:] = [*options.import_path, *(entry for entry in sys.path if entry not in options.import_path)]

@@ -58,7 +58,7 @@ class Inbox:
 
     def drop(self) -> list[Load]:
         """Forget everything: it came from a coordinator that is gone. Returns what was to be loaded."""
-        loads = []
+        loads: list[Load] = []
         while True:
             try:
                 order = self._queue.get_nowait()

@@ -25,6 +25,7 @@ from drumline.workers.loading import load_weights, resolve_dtype
 from drumline.workers.models import Decoder, ModelBuild, StepContext
 from drumline.workers.pipeline import Pipeline
 from drumline.workers.sampler import sample
+from drumline.workers.step_header import checked_counts
 from drumline.workers.step_output import NO_OUTPUT, NumericFault, StepOutput
 from drumline.workers.step_tokens import ReplicaPlace, StepTokens
 
@@ -56,6 +57,7 @@ class ModelRunner:
         self._experts: RankExperts | None = None
         self._in_place = False
         self._spoil = False
+        self._writing: StepRows | None = None
         self._dtype = torch.float32
 
     # ---------------------------------------------------------------------------------------------------------- start
@@ -147,6 +149,11 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Forget all rows. Cached keys and values stay: rows that are admitted again may name their blocks."""
+        if self._writing is not None:
+            # The step that was left may have written NaN, and nobody was left to see it.
+            blocks = np.unique(self._writing.slots // self.config.block_size)
+            self.cache.scrub(self.batch.on_device(blocks))
+            self._writing = None
         self.batch.reset()
 
     def close(self) -> None:
@@ -207,12 +214,14 @@ class ModelRunner:
         if not self._in_place:
             raise ProtocolError(f"step {step.step} found a rank that has no place in an epoch")
         plan = self.batch.apply(step)
-        counts = self._check_header(step, plan)
+        stages, limit = self.layout.pipeline_parallel_size, self.config.max_num_batched_tokens
+        counts = checked_counts(step, plan, self.place.replica, self.num_replicas, stages, limit)
         tokens = StepTokens.of(counts, self.place)
         if not plan.num_tokens:
             if sum(counts):
                 self.model.dummy_step(tokens)
             return NO_OUTPUT
+        self._writing = plan
         hidden = self._forward(plan, tokens, step.lane)
         pipeline, samples = self._pipeline, len(plan.sampling) > 0
         if samples and self._spoil:
@@ -224,29 +233,12 @@ class ModelRunner:
                 pipeline.expect_tokens(step.lane, plan.sampling_rows)
         elif samples:
             return self._sample(plan, hidden)
-        self.batch.advance(plan, None)
+        self._advance(plan, None)
         return NO_OUTPUT
 
-    def _check_header(self, step: Step, plan: StepRows) -> list[int]:
-        """The token counts of all replicas, once they agree with the table."""
-        counts: list[int] = step.num_tokens_across_dp.tolist()
-        replica, stages = self.place.replica, self.layout.pipeline_parallel_size
-        if len(counts) != self.num_replicas or min(counts) < 0:
-            raise ProtocolError(
-                f"step {step.step} has token counts {counts} for {self.num_replicas} replicas, "
-                f"of which this is {replica}"
-            )
-        if not 0 <= step.lane < stages:
-            raise ProtocolError(f"step {step.step} is of lane {step.lane}; valid: 0 to {stages - 1}")
-        if counts[replica] != plan.num_tokens:
-            raise ProtocolError(
-                f"step {step.step} says {counts[replica]} tokens for replica {replica}, its rows make {plan.num_tokens}"
-            )
-        if plan.num_tokens > self.config.max_num_batched_tokens:
-            raise ProtocolError(
-                f"step {step.step} has {plan.num_tokens} tokens; valid: 0 to {self.config.max_num_batched_tokens}"
-            )
-        return counts
+    def _advance(self, plan: StepRows, sampled: Tensor | None) -> None:
+        self.batch.advance(plan, sampled)
+        self._writing = None
 
     def _forward(self, plan: StepRows, tokens: StepTokens, lane: int) -> Tensor:
         batch, cache, model, pipeline = self.batch, self.cache, self.model, self._pipeline
@@ -284,7 +276,7 @@ class ModelRunner:
             tokens = group.broadcast(tokens, group.ranks[0])
         if self._pipeline is not None:
             self._pipeline.send_tokens(tokens)
-        batch.advance(plan, tokens)
+        self._advance(plan, tokens)
         return output
 
     def _sample_from(self, logits: Tensor, plan: StepRows) -> tuple[Tensor, StepOutput]:

@@ -33,6 +33,7 @@ class Progress:
         self.loaded_digest = ""
         #: How long the step that runs may take, whatever recent ones took, in seconds; 0.0: no longer than those.
         self.lease_s = 0.0
+        self._lease_ends_at = 0.0
         self.busy = False
         self.idle_since: float | None = None
         self.steps = 0
@@ -58,6 +59,15 @@ class Progress:
         self.idle_since = None
         self.busy = False
         self.lease_s = 0.0
+
+    def grant_lease(self, lease_s: float) -> None:
+        """The step that runs may take so long from now on."""
+        self.lease_s = lease_s
+        self._lease_ends_at = time.monotonic() + lease_s
+
+    def lease_left(self) -> float:
+        """How much of the lease is left. Each beat says it: one that said the whole again would make it endless."""
+        return max(self._lease_ends_at - time.monotonic(), 0.0) if self.lease_s > 0 else 0.0
 
     def begin_step(self, step: int, dummy: bool) -> None:
         """``step`` runs and has entered no collective. ``dummy``: this replica has no tokens in it."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import msgspec
-
-from drumline.engine.core.config import CoreConfig
+from drumline.engine.core.coordination_config import CoordinationConfig
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.fault_book import FaultBook
 from drumline.engine.core.liveness import GroupClock, furthest_behind
@@ -23,7 +21,6 @@ from drumline.engine.core.members import (
     GroupClosed,
     JoinDue,
     Leased,
-    MembershipConfig,
     Output,
     Ready,
     ToReplica,
@@ -33,7 +30,6 @@ from drumline.engine.core.restored import RestoredRequest
 from drumline.engine.core.results import check_acknowledgement
 from drumline.engine.core.suspicion import Suspicion
 from drumline.protocol.errors import ErrorInfo, ProtocolError
-from drumline.protocol.layout import Layout
 from drumline.protocol.messages import (
     Beat,
     CallResult,
@@ -44,17 +40,6 @@ from drumline.protocol.messages import (
     StepDone,
     Stopping,
 )
-
-
-class CoordinationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """``seed`` is where the seeds of requests without one come from, ``hash_key`` that of the prefix cache's hashes."""
-
-    membership: MembershipConfig
-    core: CoreConfig
-    layout: Layout
-    seed: int = 0
-    hash_key: int = 0
-    step_deadline_s: float | None = None
 
 
 class Coordination:

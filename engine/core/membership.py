@@ -30,7 +30,7 @@ from drumline.engine.core.members import (
 )
 from drumline.engine.core.processes import Processes
 from drumline.engine.core.rank_messages import RankMessages
-from drumline.engine.core.restarts import Restarts
+from drumline.engine.core.restarts import FIRST_PAUSE_S, LONGEST_PAUSE_S, Restarts
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
@@ -60,8 +60,15 @@ class Membership:
         self._pending: list[Output] = []
         self.supervisor_pid = 0
         self.groups = [GroupRecord(number, tuple(ranks)) for number, ranks in enumerate(config.groups)]
+        # Who dies on order, again and again, is no rank in a crash loop.
+        longest_pause_s = FIRST_PAUSE_S if config.worker.fault_injection else LONGEST_PAUSE_S
         self.ranks = {
-            rank: RankRecord(rank, group.id, log=Restarts(config.restart_limit), progress_at=now)
+            rank: RankRecord(
+                rank,
+                group.id,
+                log=Restarts(config.restart_limit, longest_pause_s=longest_pause_s),
+                progress_at=now,
+            )
             for group in self.groups
             for rank in group.ranks
         }

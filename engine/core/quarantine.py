@@ -44,27 +44,39 @@ class Quarantine:
         """Who is confined now, and who waits."""
         return Confinement(tuple(self._active), tuple(one for half in self._halves for one in half))
 
-    def died(self, suspects: Collection[str], tokens: Mapping[str, int]) -> str | None:
+    def died(self, suspects: Collection[str], tokens: Mapping[str, int], apart: bool = True) -> str | None:
         """A rank died from inside while ``suspects`` were in unacknowledged steps. ``tokens``: how many each request
-        that has not ended was told by now. Returns the request that is found to kill, if it is.
+        that has not ended was told by now. ``apart``: whether it was a rank of the replica where the active ones run
+        by themselves; of a death elsewhere they are guilty only if nobody else was in those steps. Returns the request
+        that is found to kill, if it is.
 
         Ask for :attr:`confinement` afterwards: it may have changed.
         """
         guilty = [one for one in self._active if one in suspects and one in tokens]
-        if guilty:
+        if guilty and (apart or all(one in self._active for one in suspects)):
             return self._halve(guilty, tokens)
         for one in suspects:
-            if one in tokens:
+            if one in tokens and one not in self._active:
                 self._deaths[one] = self._deaths.pop(one, 0) + 1
         while len(self._deaths) > MAX_COUNTED:
             del self._deaths[next(iter(self._deaths))]
         again = [one for one in suspects if self._deaths.get(one, 0) >= SECOND]
-        if self._active or not again:
+        if self._active:
+            self._wait_their_turn(again)
+            return None
+        if not again:
             return None
         if len(again) == 1:
             self._confine(tuple(again), tokens)
             return None
         return self._halve(again, tokens)
+
+    def _wait_their_turn(self, requests: Collection[str]) -> None:
+        """Others kill beside those that are active now: theirs is the next turn."""
+        confined = {*self._active, *(one for half in self._halves for one in half)}
+        more = tuple(one for one in requests if one not in confined)
+        if more:
+            self._halves.append(more)
 
     def _halve(self, guilty: list[str], tokens: Mapping[str, int]) -> str | None:
         if len(guilty) == 1 and self._active:

@@ -11,11 +11,12 @@ LONGEST_PAUSE_S = 30.0
 
 class Restarts:
     """The restarts of one rank: at most ``limit`` within ``window_s``. The first within the window comes at once, the
-    second after 0.5 s, then pauses double, up to 30 s."""
+    second after 0.5 s, then pauses double, up to ``longest_pause_s``."""
 
-    def __init__(self, limit: int, window_s: float = WINDOW_S) -> None:
+    def __init__(self, limit: int, window_s: float = WINDOW_S, longest_pause_s: float = LONGEST_PAUSE_S) -> None:
         self._limit = limit
         self._window_s = window_s
+        self._longest_pause_s = longest_pause_s
         self._at: deque[float] = deque(maxlen=max(limit, 1))
 
     def _recent(self, now: float) -> int:
@@ -29,7 +30,7 @@ class Restarts:
         if recent == 0:
             return now
         # A power of two that no float holds is never needed.
-        return now + min(FIRST_PAUSE_S * 2.0 ** min(recent - 1, 30), LONGEST_PAUSE_S)
+        return now + min(FIRST_PAUSE_S * 2.0 ** min(recent - 1, 30), self._longest_pause_s)
 
     def allowed_at(self, now: float) -> float | None:
         """When the limit is no longer reached; None: never, because there are to be no restarts."""

@@ -45,7 +45,7 @@ class Suspicion:
         if fault.rows:
             self._count_numeric(fault, core, replica)
         elif fault.inside:
-            self._died(fault, core)
+            self._died(fault, core, replica)
 
     def _count_numeric(self, fault: FaultSeen, core: EngineCore, replica: int) -> None:
         for request_id in core.requests_in_rows(fault.group, replica, fault.rows):
@@ -58,14 +58,15 @@ class Suspicion:
         while len(self._numeric) > MAX_COUNTED:
             del self._numeric[next(iter(self._numeric))]
 
-    def _died(self, fault: FaultSeen, core: EngineCore) -> None:
+    def _died(self, fault: FaultSeen, core: EngineCore, replica: int) -> None:
         epoch, suspects = self._suspects.get(fault.group, (-1, ()))
         if epoch != fault.epoch:
             suspects = core.suspects(fault.group)
         # One death is counted once, however many ranks it takes along and however it is told.
         self._suspects[fault.group] = (fault.epoch, ())
         before = self.quarantine.confinement
-        found = self.quarantine.died(suspects, core.told_tokens(suspects))
+        apart = self.replica in (None, fault.group * core.config.replicas_per_group + replica)
+        found = self.quarantine.died(suspects, core.told_tokens(suspects), apart)
         if found is not None:
             text = f"request {found!r} kills the ranks that compute it: {fault.error.text}"
             self._fail(core, found, POISONED, text, fault)

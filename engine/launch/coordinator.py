@@ -53,8 +53,9 @@ def main() -> int:
     try:
         return uvloop.run(serve(order))
     finally:
-        # The supervisor does this too; it may be the one that died.
-        remove_runtime_dir(order.runtime_dir)
+        # The supervisor does this, or starts another coordinator there, unless it is the one that died.
+        if os.getppid() != order.owner_pid:
+            remove_runtime_dir(order.runtime_dir)
 
 
 if __name__ == "__main__":

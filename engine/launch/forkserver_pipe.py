@@ -8,17 +8,16 @@ stderr_tail]}`` up.
 from __future__ import annotations
 
 import asyncio
-import os
 import struct
+import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import msgspec
 
 from drumline.engine.launch.owned_process import OwnedProcess
 from drumline.protocol.errors import ProtocolError
-from drumline.protocol.messages import Exited, Spawned
 
+MODULE = "drumline.workers.forkserver"
 MAX_FRAME_BYTES = 1 << 20
 _LENGTH = struct.Struct(">I")
 
@@ -59,99 +58,68 @@ class ReportReader:
         return reports
 
 
-class Forkserver:
-    """The forkserver process and its workers. The callbacks run in the loop.
-
-    ``on_lost(text)``: it ended or broke its protocol, without having been closed. ``import_path``: what comes first in
-    the workers' ``sys.path``.
-    """
+class ForkserverPipe:
+    """One forkserver process. ``on_report`` gets its reports, ``on_broken`` why what it says is none,
+    ``on_exit(code, signal)`` how it ended. ``lifeline``: the read end of the workers' lifeline, which stays open."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        lifeline: int,
+        import_path: Sequence[str],
         *,
-        on_spawned: Callable[[Spawned], None],
-        on_exited: Callable[[Exited], None],
-        on_lost: Callable[[str], None],
-        import_path: Sequence[str] = (),
+        on_report: Callable[[ForkserverReport], None],
+        on_broken: Callable[[str], None],
+        on_exit: Callable[[int, int], None],
     ) -> None:
-        self._on_spawned = on_spawned
-        self._on_exited = on_exited
-        self._on_lost = on_lost
+        self._on_report = on_report
+        self._on_broken = on_broken
         self._reader = ReportReader()
-        self._closing = False
-        self.workers: dict[int, int] = {}
-        self.no_workers = asyncio.Event()
-        self.no_workers.set()
-        # Workers hold the read end; the write end is this process's alone, so that its death is theirs.
-        read_end, self._lifeline = os.pipe()
-        try:
-            self.process = OwnedProcess(
-                loop,
-                "drumline.workers.forkserver",
-                ["--lifeline-fd", str(read_end), *(f"--import-path={entry}" for entry in import_path)],
-                on_output=self._output,
-                on_exit=self._ended,
-                pass_fds=(read_end,),
-            )
-        finally:
-            os.close(read_end)
+        self._broken = False
+        self._ready_at: float | None = None
+        self._process = OwnedProcess(
+            loop,
+            MODULE,
+            ["--lifeline-fd", str(lifeline), *(f"--import-path={entry}" for entry in import_path)],
+            on_output=self._output,
+            on_exit=on_exit,
+            pass_fds=(lifeline,),
+        )
+        self.pid = self._process.pid
+        self.exited = self._process.exited
 
-    def spawn(self, rank: int, endpoint: str, token: str) -> None:
-        """Start a worker; it is reported by ``on_spawned``."""
-        self._command({"spawn": (rank, endpoint, token)})
+    @property
+    def ready(self) -> bool:
+        """Whether it has said that it takes commands."""
+        return self._ready_at is not None
 
-    def kill(self, pid: int, number: int) -> None:
-        """Send a signal to a worker; one that has ended already is left alone."""
-        if pid in self.workers:
-            self._command({"kill": (pid, number)})
+    def lived_s(self, now: float) -> float:
+        """For how long it has taken commands."""
+        return 0.0 if self._ready_at is None else now - self._ready_at
 
-    def _command(self, command: dict[str, tuple[int, str, str]] | dict[str, tuple[int, int]]) -> None:
+    def command(self, command: dict[str, tuple[int, str, str]]) -> bool:
+        """Send a command; False when it takes none."""
         body = msgspec.msgpack.encode(command)
-        if not self.process.write(_LENGTH.pack(len(body)) + body) and not self._closing:
-            self._on_lost(f"the forkserver (pid {self.process.pid}) takes no commands")
+        return self._process.write(_LENGTH.pack(len(body)) + body)
 
     def close(self) -> None:
-        """End all workers and the forkserver, at once."""
-        self._closing = True
-        self.process.close_lifeline()
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
+        """Have it end, and its workers with it."""
+        self._process.close_lifeline()
 
-    def kill_all(self, number: int) -> None:
-        """Signal the forkserver and every worker directly, without its help."""
-        self._closing = True
-        self.process.signal(number)
-        for pid in self.workers:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    async def wait(self, timeout: float) -> bool:
-        """Whether the forkserver has ended within ``timeout`` seconds; its workers end before it does."""
-        return await self.process.wait(timeout)
+    def signal(self, number: int) -> None:
+        """Send a signal, if it is still there."""
+        self._process.signal(number)
 
     def _output(self, data: bytes) -> None:
+        if self._broken:
+            return
         try:
             reports = self._reader.feed(data)
         except ProtocolError as error:
-            if not self._closing:
-                self._on_lost(error.text)
+            self._broken = True
+            self._on_broken(error.text)
             return
         for report in reports:
-            if report.spawned is not None:
-                rank, pid = report.spawned
-                self.workers[pid] = rank
-                self.no_workers.clear()
-                self._on_spawned(Spawned(rank, pid))
-            elif report.exited is not None:
-                rank, pid, code, number, tail = report.exited
-                self.workers.pop(pid, None)
-                if not self.workers:
-                    self.no_workers.set()
-                self._on_exited(Exited(rank, pid, code, number, tail))
-
-    def _ended(self, code: int, number: int) -> None:
-        if not self._closing:
-            how = f"signal {number}" if number else f"code {code}"
-            self._on_lost(f"the forkserver (pid {self.process.pid}) ended with {how}")
+            if report.ready is not None:
+                self._ready_at = time.monotonic()
+            self._on_report(report)

@@ -51,6 +51,8 @@ class LocalEngine:
         self.runtime_dir = order.runtime_dir
         self.launch: ExternalLaunch | None = external_launch(order)
         self.failed: asyncio.Future[ErrorInfo] = loop.create_future()
+        #: Of the coordinator of the moment; 0 before one is started, this process's own with ``inline``.
+        self.coordinator_pid = 0
         self._lines = bytearray()
         self._error: ErrorInfo | None = None
         self._closing = False
@@ -108,8 +110,12 @@ class LocalEngine:
         while (end := self._lines.find(b"\n")) >= 0:
             report = read_report(bytes(self._lines[:end]))
             del self._lines[: end + 1]
-            if report is not None and report.error is not None:
+            if report is None:
+                continue
+            if report.error is not None:
                 self._error = report.error
+            elif report.event in ("started", "restarted"):
+                self.coordinator_pid = report.pid
         del self._lines[:-MAX_LINE_BYTES]
 
     def _ended(self, code: int, number: int) -> None:

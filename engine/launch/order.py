@@ -43,7 +43,8 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """A line on stdout. ``event``: started, failed (with ``error``) or stopped."""
+    """A line on stdout. ``event``: started or restarted (the coordinator, ``pid``), failed (with ``error``) or
+    stopped."""
 
     event: str
     pid: int = 0

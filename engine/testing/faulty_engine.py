@@ -47,9 +47,11 @@ class FaultyEngine:
             msgspec.structs.replace(config, fault_injection=True, faults=faults), on_event=self._event
         )
         self._injector = Injector(self.engine, timeout_s)
+        self.is_open = False
 
     async def __aenter__(self) -> FaultyEngine:
         await self.engine.start()
+        self.is_open = True
         return self
 
     async def __aexit__(
@@ -58,7 +60,8 @@ class FaultyEngine:
         await self.close()
 
     async def close(self) -> None:
-        """Wakes whoever sleeps and ends the engine."""
+        """Wakes whoever sleeps and ends the engine. Idempotent."""
+        self.is_open = False
         try:
             await self._injector.close()
         finally:
@@ -68,6 +71,12 @@ class FaultyEngine:
         self._injector.take(event)
         if self._on_event is not None:
             self._on_event(event)
+
+    @property
+    def supervisor_pid(self) -> int:
+        """The process that owns all others of the engine; 0 before it is started."""
+        local = self.engine._local
+        return local.supervisor_pid if local is not None else 0
 
     @property
     def injected(self) -> list[InjectedFault]:

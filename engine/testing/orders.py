@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from drumline.engine.client import AsyncEngine
+from drumline.engine.injections import TAKEN_BACK
 from drumline.engine.testing.records import InjectionFailed
 from drumline.protocol.errors import DrumlineError
 from drumline.protocol.messages import Event, Injection, MessageFault
@@ -103,9 +104,8 @@ class Orders:
                 await self._take_back(injection)
 
     async def _take_back(self, injection: Injection) -> None:
-        # One with the same number takes its place: a step that takes once as long as it does.
         try:
-            await self.send((Injection(injection.number, injection.rank, "slow"),))
+            await self.send((Injection(injection.number, injection.rank, TAKEN_BACK),))
         except DrumlineError:
             return  # the engine is at its end, or cannot be reached: nothing to take back from
 

@@ -9,22 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from drumline.protocol.messages import (
     NO_FETCHES,
     NO_NUMBERS,
     Admit,
     I32Matrix,
-    LogprobEntry,
-    SamplingSpec,
     Step,
     WorkerConfig,
 )
@@ -33,9 +29,11 @@ from drumline.protocol.placement import PlacementMaps, initial_placement
 from drumline.workers.epoch_groups import StepGroups
 from drumline.workers.epoch_place import EpochPlace
 from drumline.workers.model_runner import ModelRunner, StepOutput
+from tests.parity.rows import GREEDY, Replica, Stream, admission, int32
 
 STEP_DEADLINE_S = 30.0
-GREEDY = SamplingSpec(temperature=0.0)
+
+__all__ = ["GREEDY", "StepDriver", "Stream", "first_experts", "loaded_runner", "worker_config"]
 
 
 def worker_config(folder: Path, **changes: Any) -> WorkerConfig:
@@ -79,60 +77,6 @@ def first_experts(config: WorkerConfig, spec: ModelSpec, rank: int) -> tuple[I32
     return placement, placement[:, own.start : own.stop]
 
 
-@dataclass
-class Stream:
-    """One sequence and what came of it. ``logits``: one row per generated token."""
-
-    prompt: list[int]
-    max_tokens: int
-    sampling: SamplingSpec = GREEDY
-    generated: list[int] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    logprobs: list[LogprobEntry] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    computed: int = 0
-    decoding: bool = False
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.generated
-
-    @property
-    def done(self) -> bool:
-        return len(self.generated) >= self.max_tokens
-
-
-class _Replica:
-    """One replica's rows as the planner sees them. ``runner`` is the rank that reports, one of ``ranks``."""
-
-    def __init__(self, ranks: Sequence[ModelRunner], reporting: int, num_lanes: int) -> None:
-        self.ranks = ranks
-        self.runner = runner = ranks[reporting]
-        self.reporting = reporting
-        self.num_lanes = num_lanes
-        self.lanes: dict[int, int] = {}
-        self.rows: dict[int, Stream] = {}
-        self.waiting: list[Stream] = []
-        self.free = list(range(runner.batch.num_blocks - 1, -1, -1))
-        self.cached: dict[tuple[int, ...], int] = {}
-        self.captured: list[Tensor] = []
-        self.dummy_steps = 0
-        self.restates = False
-        original = runner.model.logits
-
-        def capture(hidden: Tensor) -> Tensor | None:
-            logits = original(hidden)
-            assert logits is not None
-            self.captured.append(logits.clone())
-            return logits
-
-        mock.patch.object(runner.model, "logits", capture).start()
-
-    @property
-    def unfinished(self) -> bool:
-        return bool(self.waiting) or any(not stream.done for stream in self.rows.values())
-
-
 class StepDriver:
     """Runs streams to their end. ``evict_chance`` per step and replica; ``share_prefixes`` reuses computed blocks."""
 
@@ -147,7 +91,7 @@ class StepDriver:
     ) -> None:
         num_lanes = replicas[0][0].layout.pipeline_parallel_size
         places = reporting or [0] * len(replicas)
-        self.replicas = [_Replica(ranks, place, num_lanes) for ranks, place in zip(replicas, places, strict=True)]
+        self.replicas = [Replica(ranks, place, num_lanes) for ranks, place in zip(replicas, places, strict=True)]
         self.num_lanes = num_lanes
         self.random = random.Random(seed)
         self.evict_chance = evict_chance
@@ -211,7 +155,7 @@ class StepDriver:
             assert all(not len(out.tokens) for place, out in enumerate(outputs) if place != replica.reporting)
             self._apply(replica, computes, outputs[replica.reporting])
 
-    def _plan(self, replica: _Replica, lane: int) -> tuple[dict[str, Any], dict[int, int]]:
+    def _plan(self, replica: Replica, lane: int) -> tuple[dict[str, Any], dict[int, int]]:
         """The changing parts of a step, and how many tokens each row computes in it."""
         restated = self._restate(replica)
         evicted = [] if restated else self._evict(replica)
@@ -232,16 +176,16 @@ class StepDriver:
         appended = [pair for row, count in computes.items() for pair in self._append(replica, row, count)]
         named = prefills | waits
         parts = {
-            "evicted": _int32(evicted),
+            "evicted": int32(evicted),
             "admitted": tuple(admitted),
-            "append_rows": _int32([row for row, _ in appended]),
-            "append_blocks": _int32([block for _, block in appended]),
-            "prefill_rows": _int32(list(named)),
-            "prefill_counts": _int32(list(named.values())),
+            "append_rows": int32([row for row, _ in appended]),
+            "append_blocks": int32([block for _, block in appended]),
+            "prefill_rows": int32(list(named)),
+            "prefill_counts": int32(list(named.values())),
         }
         return parts, computes
 
-    def _evict(self, replica: _Replica) -> list[int]:
+    def _evict(self, replica: Replica) -> list[int]:
         leaving = [row for row, stream in replica.rows.items() if stream.done]
         running = [row for row in replica.rows if row not in leaving]
         if running and self.random.random() < self.evict_chance:
@@ -256,7 +200,7 @@ class StepDriver:
             stream.blocks, stream.computed, stream.decoding = [], 0, False
         return leaving
 
-    def _admit(self, replica: _Replica) -> list[Admit]:
+    def _admit(self, replica: Replica) -> list[Admit]:
         admitted = []
         free_rows = [row for row in range(replica.runner.config.max_num_seqs) if row not in replica.rows]
         self.random.shuffle(free_rows)
@@ -268,19 +212,19 @@ class StepDriver:
                 stream.blocks = self._cached_blocks(replica, stream.tokens)
             stream.computed = len(stream.blocks) * replica.runner.config.block_size
             self.counts["cached_tokens"] += stream.computed
-            admitted.append(_admission(row, stream, lane))
+            admitted.append(admission(row, stream, lane))
         return admitted
 
-    def _restate(self, replica: _Replica) -> list[Admit]:
+    def _restate(self, replica: Replica) -> list[Admit]:
         """All rows of a replica that kept its cache, in the first step of an epoch."""
         rows = replica.rows if replica.restates else {}
         replica.restates = False
         for stream in rows.values():
             self.counts["restated_decodes"] += stream.decoding
             stream.decoding = False
-        return [_admission(row, stream, replica.lanes[row]) for row, stream in rows.items()]
+        return [admission(row, stream, replica.lanes[row]) for row, stream in rows.items()]
 
-    def _cached_blocks(self, replica: _Replica, tokens: list[int]) -> list[int]:
+    def _cached_blocks(self, replica: Replica, tokens: list[int]) -> list[int]:
         size, blocks = replica.runner.config.block_size, []
         for end in range(size, len(tokens), size):
             block = replica.cached.get(tuple(tokens[:end]))
@@ -289,7 +233,7 @@ class StepDriver:
             blocks.append(block)
         return blocks
 
-    def _append(self, replica: _Replica, row: int, count: int) -> list[tuple[int, int]]:
+    def _append(self, replica: Replica, row: int, count: int) -> list[tuple[int, int]]:
         stream, size = replica.rows[row], replica.runner.config.block_size
         pairs = []
         while len(stream.blocks) * size < stream.computed + count:
@@ -297,7 +241,7 @@ class StepDriver:
             pairs.append((row, stream.blocks[-1]))
         return pairs
 
-    def _apply(self, replica: _Replica, computes: dict[int, int], output: StepOutput) -> None:
+    def _apply(self, replica: Replica, computes: dict[int, int], output: StepOutput) -> None:
         logprobs = dict(zip(output.logprob_index.tolist(), output.logprobs, strict=True))
         size, sampled = replica.runner.config.block_size, 0
         for row in sorted(computes):
@@ -314,15 +258,3 @@ class StepDriver:
                 sampled += 1
         assert sampled == len(output.tokens)
         replica.captured.clear()
-
-
-def _admission(row: int, stream: Stream, lane: int) -> Admit:
-    tokens, blocks = _int32(stream.tokens), _int32(stream.blocks)
-    return Admit(row, tokens, len(stream.prompt), stream.computed, blocks, stream.sampling, lane)
-
-
-def _int32(values: list[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Read-only, as arrays are that come off the wire."""
-    array = np.array(values, dtype=np.int32)
-    array.setflags(write=False)
-    return array

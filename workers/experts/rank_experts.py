@@ -98,10 +98,10 @@ class RankExperts:
     ) -> None:
         """Bring the experts of ``epoch`` into place and route by them; arguments as in Configure.
 
-        ``transfer``: the group of the ranks that give each other experts, where this rank is one of them. ``check`` is called between
-        experts, and what it raises ends the refit. Raises, before anything is changed, InvalidConfig for a placement
-        that cannot be and ProtocolError for one that nothing brings about; later InvalidConfig for a checkpoint that
-        cannot be read, and EpochAborted, PeerLost, GroupTimeout.
+        ``transfer``: the group of the ranks that give each other experts, where this rank is one of them. ``check`` is
+        called between experts, and what it raises ends the refit. Raises, before anything is changed, InvalidConfig for
+        a placement that cannot be and ProtocolError for one that nothing brings about; later InvalidConfig for a
+        checkpoint that cannot be read, and EpochAborted, PeerLost, GroupTimeout.
         """
         if not self._spec.is_moe:
             return

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from drumline.engine import AsyncEngine, EngineConfig, ParallelConfig, RequestOutput, SamplingParams
+from drumline.engine import AsyncEngine, EngineConfig, FaultConfig, ParallelConfig, RequestOutput, SamplingParams
 from drumline.engine.errors import (
     DuplicateRequest,
     EngineClosed,
@@ -238,8 +238,9 @@ async def test_closing_in_the_middle_of_a_start_leaves_nothing(monkeypatch: pyte
         assert names_in(folder) == []
 
 
-async def test_a_killed_worker_ends_every_request_with_an_error_that_names_it() -> None:
-    async with AsyncEngine(EngineConfig(model="demo", inline=True)) as engine:
+async def test_a_killed_worker_that_cannot_be_replaced_ends_every_request_with_an_error_that_names_it() -> None:
+    config = EngineConfig(model="demo", inline=True, faults=FaultConfig(restart_limit=0))
+    async with AsyncEngine(config) as engine:
         status = await engine.status()
         running = [engine.generate(PROMPT, SamplingParams(**{**GREEDY, "max_tokens": None})) for _ in range(3)]
         for stream in running:

@@ -185,6 +185,7 @@ class RawClient:
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
         self.dealer: Dealer[ToClient] = Dealer(context, endpoint, Codec(ToClient))
         self.seen: list[ToClient] = []
+        self._asked: dict[str, int] = {}
 
     def hello(self, version: int = PROTOCOL_VERSION) -> None:
         self.dealer.send(HelloClient(version, "raw"))
@@ -244,10 +245,13 @@ class RawClient:
         return status
 
     async def event(self, kind: str) -> Event:
-        """The next event of ``kind``."""
-        while (event := await self.read(Event)).kind != kind:
-            pass
-        return event
+        """An event of ``kind`` that was not asked for before, in whatever order they come."""
+        while True:
+            for event in [message for message in self.seen[self._asked.get(kind, 0) :] if isinstance(message, Event)]:
+                if event.kind == kind:
+                    self._asked[kind] = self.seen.index(event) + 1
+                    return event
+            await self.read(Event)
 
     async def engine_failure(self) -> ErrorInfo:
         """The error that ends the engine."""

@@ -7,15 +7,14 @@ import os
 import signal
 import time
 
-import pytest
-
 from drumline.engine.client import AsyncEngine
 from drumline.engine.config import EngineConfig, FaultConfig, ParallelConfig
-from drumline.engine.errors import RequestFailed
 from drumline.engine.sampling_params import SamplingParams
+from drumline.protocol.messages import Event
 from tests import procfs
 from tests.checkpoints import Checkpoints, checkpoints
-from tests.integration.engine.processes import marked, running, until, workers
+from tests.integration.engine.processes import running, until, workers
+from tests.integration.engine.recovery import WITHIN_S, told_of, whole
 
 __all__ = ["checkpoints"]
 
@@ -40,8 +39,10 @@ async def test_a_replica_that_is_stopped_holds_up_no_other(mark: str, checkpoint
         parallel=ParallelConfig(data_parallel_size=2),
         faults=FaultConfig(step_deadline_s=DEADLINE_S),
     )
-    async with running(config) as engine:
+    events: list[Event] = []
+    async with running(config, events) as engine:
         expected = await written(engine, 0, 60)
+        undisturbed = await written(engine, 1, 500)
         caught_up = asyncio.Event()
         stuck = asyncio.create_task(written(engine, 1, 500, caught_up))
         await asyncio.wait_for(caught_up.wait(), 30.0)
@@ -61,8 +62,7 @@ async def test_a_replica_that_is_stopped_holds_up_no_other(mark: str, checkpoint
         assert after[0] - before[0] >= 60 * served
         assert after[1] == before[1]
         assert not stuck.done()
-        # Only then is the engine's end: going on without a rank is not in this version.
-        with pytest.raises(RequestFailed, match="rank 1") as caught:
-            await asyncio.wait_for(stuck, DEADLINE_S + 5.0)
-        assert caught.value.rank == 1
-        await until(lambda: not marked(mark), 3.0, f"left: {marked(mark)}")
+        assert await asyncio.wait_for(stuck, DEADLINE_S + WITHIN_S) == undisturbed
+        status = await whole(engine)
+        assert told_of(status, events, 1).kind == "wedged"
+        assert status.groups[0].epoch == 1 < status.groups[1].epoch

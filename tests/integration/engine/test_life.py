@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 
 from drumline.engine.client import AsyncEngine
 from drumline.engine.config import EngineConfig, ParallelConfig
-from drumline.engine.errors import InvalidConfig, StartFailed
+from drumline.engine.errors import EngineClosed, InvalidConfig, StartFailed
 from drumline.engine.resolve import model_folder
 from drumline.engine.sampling_params import SamplingParams
 from drumline.protocol.messages import Event
@@ -25,16 +26,16 @@ TWO = EngineConfig("demo", parallel=ParallelConfig(data_parallel_size=2, enable_
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 
 
-async def eight_tokens(engine: AsyncEngine, prompt: str = "Return the") -> list[int]:
+async def eight_tokens(engine: AsyncEngine, prompt: str = "Return the", max_tokens: int = 8) -> list[int]:
     tokens: list[int] = []
-    async for output in engine.generate(prompt, GREEDY):
+    async for output in engine.generate(prompt, msgspec.structs.replace(GREEDY, max_tokens=max_tokens)):
         tokens = list(output.token_ids)
     return tokens
 
 
 @pytest.mark.parametrize("config", [ONE, TWO], ids=["one rank", "two ranks"])
-async def test_start_serve_and_close_leave_no_process_and_no_file(
-    config: EngineConfig, mark: str, runtime_root: Path
+async def test_start_serve_and_close_leave_no_process_no_file_and_no_complaint(
+    config: EngineConfig, mark: str, runtime_root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     events: list[Event] = []
     async with running(config, events) as engine:
@@ -43,8 +44,14 @@ async def test_start_serve_and_close_leave_no_process_and_no_file(
         assert len(workers(mark)) == ranks
         assert len(marked(mark)) == ranks + 3
         assert len(files_in(runtime_root)) == 1
+        unfinished = asyncio.create_task(eight_tokens(engine, max_tokens=900))
+        await asyncio.sleep(0.1)
+    with pytest.raises(EngineClosed):
+        await unfinished
     wait_all_gone(mark, runtime_root, 0.5)
     assert {"starting", "loading", "ready"} <= {event.kind for event in events}
+    complaints = [line for line in capfd.readouterr().err.splitlines() if " INFO " not in line]
+    assert complaints == []
 
 
 async def test_the_coordinator_runs_in_the_apps_loop_when_told_to(mark: str) -> None:
@@ -59,7 +66,7 @@ async def test_the_status_shows_every_process_and_every_part(mark: str) -> None:
     async with running(TWO) as engine:
         await eight_tokens(engine)
         status: EngineStatus = await engine.status()
-        assert (status.state, status.term, status.journal) == ("ready", 1, "off")
+        assert (status.state, status.term, status.journal) == ("ready", 1, "on")
         assert status.supervisor.pid == of_module(mark, "drumline.engine.supervisor")
         assert status.coordinator.pid == of_module(mark, "drumline.engine.launch.coordinator")
         assert [rank.pid for rank in status.ranks] == workers(mark)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from drumline.engine.errors import EngineClosed, RequestFailed
+from drumline.engine.errors import EngineClosed
 from tests.integration.engine.processes import (
     files_in,
     marked,
@@ -25,8 +25,7 @@ from tests.integration.engine.processes import (
     wait_until,
     workers,
 )
-from tests.integration.engine.test_life import GREEDY, TWO, eight_tokens
-from tests.procfs import is_alive
+from tests.integration.engine.test_life import TWO, eight_tokens
 
 
 @contextmanager
@@ -111,26 +110,3 @@ async def test_a_supervisor_that_dies_ends_the_engine_and_the_app_is_told(
         with pytest.raises(EngineClosed):
             await eight_tokens(engine)
         assert files_in(runtime_root) == []
-
-
-async def test_a_killed_coordinator_ends_the_engine_and_the_app_is_told_how(mark: str, runtime_root: Path) -> None:
-    async with running(TWO) as engine:
-        stream = engine.generate("The", GREEDY)
-        await anext(stream)
-        pid = of_module(mark, "drumline.engine.launch.coordinator")
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises((EngineClosed, RequestFailed), match=rf"coordinator \(pid {pid}\) ended with signal 9"):
-            async for _ in stream:
-                pass
-        assert not is_alive(pid)
-        await until(lambda: not marked(mark), 3.0, f"left: {marked(mark)}")
-        assert files_in(runtime_root) == []
-
-
-async def test_a_killed_forkserver_ends_the_engine_cleanly(mark: str) -> None:
-    async with running(TWO) as engine:
-        await eight_tokens(engine)
-        os.kill(of_module(mark, "drumline.workers.forkserver"), signal.SIGKILL)
-        await until(lambda: not marked(mark), 3.0, f"left: {marked(mark)}")
-        with pytest.raises(EngineClosed, match="forkserver"):
-            await eight_tokens(engine)

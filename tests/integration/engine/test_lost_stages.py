@@ -1,18 +1,17 @@
-"""Two stages of two ranks: whichever rank is lost or fails, all get out and that one is named."""
+"""Two stages of two ranks: whichever rank is lost or fails is named, and all come out and go on."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
-import time
 
 import pytest
 
-from drumline.engine import AsyncEngine, EngineConfig, FaultConfig, ParallelConfig, SamplingParams
-from drumline.engine.errors import EngineClosed, RequestFailed
-from tests.integration.engine.processes import marked, running, until, workers
-from tests.integration.engine.test_life import eight_tokens
+from drumline.engine import EngineConfig, FaultConfig, ParallelConfig
+from drumline.engine.errors import RequestFailed
+from drumline.protocol.messages import Event
+from tests.integration.engine.processes import running, workers
+from tests.integration.engine.recovery import all_of, told_of, under_way, undisturbed, whole
 
 STAGES = EngineConfig(
     "demo",
@@ -23,51 +22,55 @@ STAGES = EngineConfig(
     ),
     faults=FaultConfig(step_deadline_s=1.0),
 )
-REQUESTS = 5
+STREAMS = 5
 
 
-async def read(engine: AsyncEngine, number: int, started: asyncio.Event) -> None:
-    params = SamplingParams(temperature=0.8, seed=number, max_tokens=900, ignore_eos=True)
-    async for output in engine.generate("The", params):
-        if len(output.token_ids) > 6:
-            started.set()
-
-
-async def lose(engine: AsyncEngine, mark: str, how: str, rank: int) -> tuple[list[object], float]:
-    """Requests that are running when ``rank`` is lost: what became of each, and after how long."""
-    started = [asyncio.Event() for _ in range(REQUESTS)]
-    readers = [asyncio.create_task(read(engine, number, event)) for number, event in enumerate(started)]
-    await asyncio.wait_for(asyncio.gather(*(event.wait() for event in started)), 30.0)
-    lost_at = time.monotonic()
-    if how in ("kill", "stop"):
-        os.kill(workers(mark)[rank], signal.SIGKILL if how == "kill" else signal.SIGSTOP)
-    else:
-        await engine.collective_rpc(how, (rank,))
-    results = await asyncio.wait_for(asyncio.gather(*readers, return_exceptions=True), 30.0)
-    return list(results), time.monotonic() - lost_at
-
-
-@pytest.mark.parametrize(
-    ("how", "rank", "blamed", "text", "within_s"),
-    [
-        ("kill", 2, {2}, "ended with signal 9", 2.0),
-        ("stop", 3, {3}, "is furthest behind", 4.0),
-        ("raise_in_steps", 1, {1}, "LookupError: rank 1 was told to", 2.0),
-        # What one of them makes is in the sums of both: either may tell first.
-        ("poison_weights", 3, {2, 3}, "hidden states are NaN or infinite in rows", 2.0),
-    ],
-)
-async def test_every_rank_gets_out_and_the_one_that_failed_is_named(
-    mark: str, how: str, rank: int, blamed: set[int], text: str, within_s: float
-) -> None:
-    async with running(STAGES) as engine:
+async def test_streams_go_on_when_a_rank_of_either_stage_is_killed_or_stopped(mark: str) -> None:
+    events: list[Event] = []
+    async with running(STAGES, events) as engine:
         assert len(workers(mark)) == 4
-        results, seconds = await lose(engine, mark, how, rank)
-        assert seconds < within_s
-        for result in results:
-            assert isinstance(result, RequestFailed), result
-            assert result.rank in blamed
-            assert text in result.text
-        with pytest.raises(EngineClosed, match=text):
-            await eight_tokens(engine)
-        await until(lambda: not marked(mark), 3.0, f"left: {marked(mark)}")
+        expected = await undisturbed(engine, STREAMS)
+        for rank, number, kind, text in (
+            (2, signal.SIGKILL, "exit", "ended with signal 9"),
+            (1, signal.SIGSTOP, "wedged", "is furthest behind"),
+        ):
+            before = await whole(engine)
+            streams = await under_way(engine, STREAMS)
+            os.kill(workers(mark)[rank], number)
+            assert await all_of(streams) == expected
+            after = await whole(engine)
+            fault = told_of(after, events, rank)
+            assert fault.kind == kind
+            assert text in fault.evidence
+            # The siblings of a replaced rank keep their weights.
+            assert [one.pid != other.pid for one, other in zip(before.ranks, after.ranks, strict=True)] == [
+                number == rank for number in range(4)
+            ]
+
+
+async def test_a_rank_whose_steps_raise_is_replaced_at_the_second_exception(mark: str) -> None:
+    events: list[Event] = []
+    async with running(STAGES, events) as engine:
+        expected = await undisturbed(engine, STREAMS)
+        streams = await under_way(engine, STREAMS)
+        await engine.collective_rpc("raise_in_steps", (1,))
+        assert await all_of(streams) == expected
+        status = await whole(engine)
+        assert [(fault.rank, fault.kind) for fault in status.faults] == [(1, "exception")] * 2
+        assert all("LookupError: rank 1 was told to" in fault.evidence for fault in status.faults)
+        assert [rank.restarts for rank in status.ranks] == [0, 1, 0, 0]
+
+
+async def test_requests_that_are_nan_twice_fail_as_numeric_and_no_rank_is_blamed(mark: str) -> None:
+    events: list[Event] = []
+    async with running(STAGES, events) as engine:
+        streams = await under_way(engine, 2)
+        await engine.collective_rpc("poison_weights", (3,))
+        for stream in streams:
+            with pytest.raises(RequestFailed, match="NaN or infinite") as caught:
+                await all_of([stream])
+            assert caught.value.info.kind == "numeric"
+        status = await whole(engine)
+        # What one of them makes is in the sums of both: either may tell first.
+        assert {(fault.rank, fault.kind) for fault in status.faults} <= {(2, "numeric"), (3, "numeric")}
+        assert [rank.restarts for rank in status.ranks] == [0] * 4

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from drumline.protocol.errors import DrumlineError, ProtocolError
 from drumline.workers.abort import EpochAborted
+from drumline.workers.experts.expert_layer import ExpertLayer
+from drumline.workers.experts.moves import Move, bring, check_moves
 from drumline.workers.layers.experts import LocalExperts
 from drumline.workers.layers.moe import ExpertExchange, MoeLayer, RoutingView
 from drumline.workers.layers.parallel import ModelGroups
@@ -104,6 +106,35 @@ def moe_layer_equals_local(rank: Rank) -> float:
     found = split(hidden, StepTokens.of(counts, ReplicaPlace(rank.rank)))
     expected = whole(hidden, StepTokens.of([len(hidden)], ReplicaPlace()))
     return float((found - expected).norm() / expected.norm()) if len(hidden) else 0.0
+
+
+def experts_change_places(rank: Rank) -> str:
+    """Every expert of every rank goes on to another one, more of them than a group holds unread, small and large."""
+    group = rank.form_among("transfer", tuple(range(rank.world)), connect=True)
+    for intermediate, slots in ((2, 50), (HIDDEN * 200, 12)):
+        # Slot s of rank r holds expert r * slots + s, and gets the one of slot s + 1 of the rank before.
+        held = [range(r * slots, (r + 1) * slots) for r in range(rank.world)]
+        gate_up = torch.stack([torch.full((2 * intermediate, HIDDEN), float(e)) for e in held[rank.rank]])
+        down = torch.stack([torch.full((HIDDEN, intermediate), -float(e)) for e in held[rank.rank]])
+        experts = LocalExperts(gate_up, down)
+        nowhere = RoutingView.nowhere(torch.device("cpu"))
+        moe = MoeLayer(lambda x: (x, x), experts, nowhere, ModelGroups(), None, sharded=False)
+        layer = ExpertLayer(moe, 0, 0, held[rank.rank], (0, intermediate))
+        moves = []
+        for target in range(rank.world):
+            source = (target - 1) % rank.world
+            moves += [Move(0, target, s, held[source][(s + 1) % slots], source, (s + 1) % slots) for s in range(slots)]
+        check_moves(layer, moves, rank.rank, None)
+        arrived = bring(layer, moves, rank.rank, group, lambda: None)
+        assert sorted(arrived) == list(range(slots))
+        before = held[(rank.rank - 1) % rank.world]
+        for slot, (one, other) in arrived.items():
+            expert = before[(slot + 1) % slots]
+            assert torch.equal(one, torch.full_like(one, float(expert)))
+            assert torch.equal(other, torch.full_like(other, -float(expert)))
+    group.barrier(5.0)
+    group.close()
+    return "equal"
 
 
 def wrong_counts(rank: Rank) -> list[str]:

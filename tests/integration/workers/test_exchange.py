@@ -22,6 +22,11 @@ def test_a_layer_over_several_ranks_equals_the_layer_on_one(run_ranks: RunRanks,
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_experts_that_all_ranks_send_at_once_arrive_in_their_slots(run_ranks: RunRanks, way: str) -> None:
+    assert run_ranks("experts_change_places", 3, way) == ["equal"] * 3
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_counts_that_do_not_fit_are_refused_before_anything_is_sent(run_ranks: RunRanks, way: str) -> None:
     for rank, refused in enumerate(run_ranks("wrong_counts", 2, way)):
         assert refused == [

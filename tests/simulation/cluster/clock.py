@@ -12,7 +12,8 @@ REMEMBERED = 80
 
 class Clock:
     """Events in order of their moments; those of one moment in the order in which they were set. ``random`` decides
-    every delay. ``verbose``: everything is printed. ``seen`` counts what happened, ``past`` keeps the last of it for a failure's text."""
+    every delay. ``verbose``: everything is printed. ``seen`` counts what happened, ``past`` keeps the last of it for a
+    failure's text."""
 
     def __init__(self, seed: int, verbose: bool = False) -> None:
         self.now = 0.0

@@ -156,17 +156,18 @@ class SimJournal:
         self._gone = False
         self.state = "on"
         self.superseded = False
-        self._knows_all = disk.whole
+        self.whole = disk.whole
         if not disk.whole:
             self._clock.after(WHOLE_AFTER_S, self._heal)
         if disk.full:
             self.state = "degraded"
+            disk.whole = False
             self._clock.after(RETRY_S, self._retry)
 
     def _heal(self) -> None:
         """Whoever still had something to bring has brought it by now."""
         if not self._gone:
-            self._knows_all = True
+            self.whole = True
             self._disk.whole = self.state == "on"
 
     def append(self, batch: Batch, on_committed: Callable[[], None]) -> None:
@@ -222,7 +223,7 @@ class SimJournal:
     def recover(self, snapshot: Sequence[RestoredRequest]) -> None:
         """Keep ``snapshot`` in place of all there was, and go on."""
         self._disk.replace(snapshot)
-        self._disk.whole = self._knows_all
+        self._disk.whole = self.whole
         self.state = "on"
         self._clock.seen["journal_recovered"] += 1
         self._on_state("on", "the journal is whole again")

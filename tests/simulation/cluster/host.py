@@ -6,9 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from drumline.engine.client_connections import ClientConnection, Connections
-from drumline.engine.client_port import ClientPort
-from drumline.engine.core.coordination import Coordination
+from drumline.engine.client_connections import ClientConnection
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.members import Ended, Loading, Ready, Tell, ToOwner, ToPeer, ToReplica
 from drumline.engine.running_clock import RunningClock
@@ -20,15 +18,15 @@ from drumline.protocol.messages import (
     Failed,
     FromClient,
     FromWorkerSide,
-    HelloClient,
     ModelInfo,
     Shutdown,
     Stopping,
     ToClient,
     WelcomeClient,
 )
-from drumline.protocol.transport import SendResult, SocketStatistics
+from drumline.protocol.transport import SendResult
 from tests.simulation.cluster.keeping import SimKeeping
+from tests.simulation.cluster.ports import SimClientPort, WatchedCoordination
 from tests.simulation.cluster.shape import DIGEST, RESUME_WINDOW_S
 
 if TYPE_CHECKING:
@@ -37,63 +35,6 @@ if TYPE_CHECKING:
 TICK_S = 1.0
 NOTICED_S = 0.05
 """So long after a connection has ended the socket says so at a send."""
-
-
-class SimRouter:
-    """A client ROUTER: ``put`` hands a message to an identity's connection."""
-
-    def __init__(self, put: Callable[[bytes, ToClient], SendResult]) -> None:
-        self._put = put
-        self.disconnected = 0
-
-    def send(self, identity: bytes, message: ToClient) -> SendResult:
-        return self._put(identity, message)
-
-    def statistics(self) -> SocketStatistics:
-        return SocketStatistics(disconnected=self.disconnected)
-
-
-class SimClientPort(ClientPort):
-    """The real port, whose messages come from simulated connections."""
-
-    def __init__(self, host: Host) -> None:
-        self._engine = host  # type: ignore[assignment]  # it serves no layout and no status
-        self._now = lambda: host.now
-        self.router = SimRouter(host.to_client)  # type: ignore[assignment]
-        self.connections = Connections(self._send)
-        self.unknown_peers = 0
-        self.refused_hellos = 0
-        self._disconnected = 0
-
-    def receive(self, identity: bytes, message: FromClient, now: float) -> None:
-        """As :meth:`serve` does."""
-        if isinstance(message, HelloClient):
-            self._hello(identity, message, now)
-            return
-        connection = self.connections.of(identity)
-        if connection is None:
-            self.unknown_peers += 1
-            return
-        connection.heard_at = now
-        self._handle(connection, message, now)
-
-    def lost(self, identity: bytes, now: float) -> None:
-        """The socket says that a connection has ended."""
-        connection = self.connections.of(identity)
-        if connection is not None:
-            self.connections.remove(connection)
-            self._engine.client_left(connection, now)
-
-
-class WatchedCoordination(Coordination):
-    """The real decisions. ``on_plan`` sees the core before anything is planned."""
-
-    on_plan: Callable[[EngineCore], None] = staticmethod(lambda core: None)
-
-    def plan(self, now: float) -> None:
-        if self.core is not None:
-            self.on_plan(self.core)
-        super().plan(now)
 
 
 class Host:

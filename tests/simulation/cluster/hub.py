@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from drumline.protocol.codec import Codec
 from drumline.protocol.messages import FromClient, FromWorkerSide, ToClient, ToSupervisor, ToWorker
-from tests.simulation.cluster.rank import SimRank
+from tests.simulation.cluster.rank_connection import RankConnection
 from tests.simulation.cluster.wires import Line, MessageFaults, Wire
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Hub:
         line.closed.append(supervisor.coordinator_lost)
         supervisor.connected(line)
 
-    def connect_rank(self, process: SimRank) -> None:
+    def connect_rank(self, process: RankConnection) -> None:
         """A rank comes, or waits for the next coordinator."""
         host = self.host
         if host is None:

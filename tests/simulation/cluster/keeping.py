@@ -24,6 +24,7 @@ class SimKeeping(Keeping):
         disk = cluster.disk
         self._host = host
         self._core = None
+        self._frozen = False
         self._on_state = self._told
         self.term = host.term
         self.sim: SimJournal | None = None
@@ -32,7 +33,7 @@ class SimKeeping(Keeping):
         if cluster.shape.keeps_journal:
             self.sim = SimJournal(cluster, disk, self._state_changed, host.act)
             self.restored = disk.restored()
-            self.knows_all = host.term == 1 or disk.whole
+            self.knows_all = host.term == 1 or self.sim.whole
             disk.term = host.term
         self._journal = self.sim  # type: ignore[assignment]  # has what is asked of a journal
         self.delivery = Delivery(self._journal)

@@ -4,7 +4,6 @@ computes. What it checks is what a real one checks; what it is told that can nev
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,12 +11,8 @@ import numpy as np
 
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
-    PROTOCOL_VERSION,
-    BeatWorker,
     Configure,
     Fault,
-    FromWorker,
-    HelloWorker,
     I32Matrix,
     Inject,
     Leave,
@@ -33,47 +28,31 @@ from drumline.protocol.messages import (
     ToWorker,
     WelcomeWorker,
 )
-from tests.simulation.cluster.process import SimProcess
+from tests.simulation.cluster.rank_connection import RankConnection
 from tests.simulation.cluster.shape import DIGEST
-from tests.simulation.worker import RuleBrokenError
 
 if TYPE_CHECKING:
     from tests.simulation.cluster.cluster import Cluster
     from tests.simulation.cluster.epoch_run import EpochRun
-    from tests.simulation.cluster.wires import Line
 
 LEAVE_S = 0.02
 NOTHING: I32Matrix = np.zeros((0, 0), dtype=np.int32)
 NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 
-class SimRank(SimProcess):
-    """A process. ``left`` is the newest (term, epoch) that it has been told to come out for, ``run`` the epoch that it
-    is in, ``held`` what its expert slots hold."""
+class SimRank(RankConnection):
+    """A process. ``run`` is the epoch that it is in, ``held`` what its expert slots hold."""
 
     def __init__(self, cluster: Cluster, rank: int, token: str, pid: int) -> None:
-        super().__init__(cluster.clock, pid)
-        self.cluster = cluster
-        self.rank = rank
-        self.token = token
-        self.incarnation = f"{rank}-{pid}"
-        self.term = 0
-        self.left = (0, 0)
+        super().__init__(cluster, rank, token, pid)
         self.said_left = False
-        self.loaded = False
         self.loading = False
-        self._told_to_load = False
         self.held = NOTHING
         self.run: EpochRun | None = None
         self.runs = 0
         self.inbox: deque[Step] = deque()
         self.expected = 0
-        self.position = (0, 0, False)
-        self.line: Line | None = None
-        self.fenced = False
-        self.stale = 0
-        self._welcomed = False
-        self._handlers: dict[type, Callable[..., None]] = {
+        self._handlers = {
             WelcomeWorker: self._welcome,
             Load: self._load,
             Leave: self._leave,
@@ -83,9 +62,6 @@ class SimRank(SimProcess):
             Shutdown: self._shutdown,
             Inject: lambda message: None,
         }
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (pid {self.pid})"
 
     def ended(self, code: int, signal: int) -> None:
         run, self.run = self.run, None
@@ -98,67 +74,6 @@ class SimRank(SimProcess):
     def went_on(self) -> None:
         if self.run is not None:
             self.run.wake()
-
-    # -------------------------------------------------------------------- towards the coordinator
-
-    def start(self) -> None:
-        """Connect for the first time, and beat."""
-        self.connect()
-        self._beat()
-
-    def connect(self) -> None:
-        """Say Hello to the coordinator that listens, or to the next one."""
-        if self.alive and not self.fenced:
-            self.cluster.hub.connect_rank(self)
-
-    def connected(self, line: Line) -> None:
-        """The connection is there."""
-        self.line = line
-        self._told_to_load = False
-        term, epoch = max((self.term, 0), self.left)
-        self.send(
-            HelloWorker(
-                PROTOCOL_VERSION,
-                self.token,
-                self.rank,
-                self.incarnation,
-                self.pid,
-                "host",
-                term=term,
-                epoch=epoch if self.left[0] == term else 0,
-                loaded=self.loaded,
-                digest=DIGEST if self._welcomed else "",
-            )
-        )
-
-    def coordinator_lost(self) -> None:
-        """The connection ended: keep the weights and wait for the next coordinator."""
-        self.line = None
-        self.soon(0.05, self.connect)
-
-    def send(self, message: FromWorker) -> None:
-        """To the coordinator, if there is one."""
-        if self.line is not None:
-            self.line.up.send(message)
-
-    def _beat(self) -> None:
-        step, collective, inside = self.position
-        self.send(BeatWorker(self.term, self.left[1], self.rank, step, collective, inside))
-        self.later(self.cluster.shape.beat_s, self._beat)
-
-    def receive(self, message: ToWorker) -> None:
-        """Anything that the coordinator sent."""
-        self._wake(partial(self._handle, message))
-
-    def _handle(self, message: ToWorker) -> None:
-        handler = self._handlers.get(type(message))
-        if handler is None:
-            return
-        if message.term < self.term:
-            self.stale += 1
-            self.clock.seen["stale_at_rank"] += 1
-            return
-        handler(message)
 
     # -------------------------------------------------------------------- loading
 
@@ -333,12 +248,3 @@ class SimRank(SimProcess):
         self.clock.seen["shutdown"] += 1
         self.clock.note(f"{self} is shut down: {message.reason}")
         self.soon(0.01, self.end)
-
-    @property
-    def tampered(self) -> bool:
-        """Whether messages of this connection were dropped, changed, delayed or doubled."""
-        return self.line is None or self.line.tampered
-
-    def broken(self, what: str) -> None:
-        """A rule is broken at this rank."""
-        raise RuleBrokenError(f"{self} {what}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,17 @@ class ClientReader:
         self.unread: deque[ToClient] = deque()
         self._frames = 0
         self._handles: dict[int, tuple[Asked, int]] = {}
+        self._readers: dict[type, Callable[..., None]] = {
+            WelcomeClient: self._welcome,
+            Tokens: self._tokens,
+            Finished: self._finished,
+            Accepted: self._accepted,
+            Resumed: self._resumed,
+            Rejected: self._rejected,
+            Cancelled: self._cancelled,
+            Failed: self._failed,
+            Behind: self._behind,
+        }
 
     def send(self, message: FromClient) -> None:
         """To the coordinator, if there is one."""
@@ -94,27 +106,15 @@ class ClientReader:
     def _read(self, message: ToClient) -> None:
         if self.clock.verbose:
             self.clock.note(f"client {self.number} reads {message}")
-        if isinstance(message, WelcomeClient):
-            self._welcome(message)
-        elif isinstance(message, Tokens):
-            self._tokens(message)
-        elif isinstance(message, Finished):
-            self._finished(message)
-        elif isinstance(message, Accepted):
-            self._accepted(message)
-        elif isinstance(message, Resumed):
-            self._resumed(message)
-        elif isinstance(message, Rejected):
-            self._rejected(message)
-        elif isinstance(message, Cancelled):
-            self._cancelled(message)
-        elif isinstance(message, Failed):
-            self._failed(message)
-        elif isinstance(message, Behind):
-            self.clock.seen["behind"] += 1
-            for asked in self.asked.values():
-                if asked.accepted and not asked.over:
-                    self.resume(asked)
+        read = self._readers.get(type(message))
+        if read is not None:
+            read(message)
+
+    def _behind(self, message: Behind) -> None:
+        self.clock.seen["behind"] += 1
+        for asked in self.asked.values():
+            if asked.accepted and not asked.over:
+                self.resume(asked)
 
     def _welcome(self, message: WelcomeClient) -> None:
         if message.term < self.term:

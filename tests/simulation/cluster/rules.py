@@ -120,13 +120,19 @@ class Rules:
         """Only a request that is itself to blame may fail."""
         self.clock.note(f"{asked.request_id} fails: {error.kind}: {error.text}")
         self.clock.seen["failed_" + error.kind] += 1
-        if error.kind == "poisoned" and (asked.wanted.poison or self.cluster.faults.from_inside >= SUSPICIOUS):
+        if error.kind == "poisoned" and (asked.wanted.poison or self._unlucky):
             return
         if error.kind == "numeric" and self._hits.get(asked.seed, 0) >= 2:
             return
         if self.cluster.engine_ended:
             return
         raise RuleBrokenError(f"request {asked.request_id} failed: {error.kind}: {error.text}")
+
+    @property
+    def _unlucky(self) -> bool:
+        """Whether injected faults may have been laid at a request."""
+        injected = self.cluster.faults.from_inside
+        return injected > 0 and injected + self.clock.seen["poison_deaths"] >= SUSPICIOUS
 
     def resume_rejected(self, asked: Asked, error: ErrorInfo) -> None:
         """A request that was taken in and has not ended for its client can be resumed."""
@@ -135,7 +141,7 @@ class Rules:
             self.request_failed(asked, error)
             return
         faults = self.cluster.faults
-        if asked.seed in faults.poison or self._hits.get(asked.seed, 0) >= 2 or faults.from_inside >= SUSPICIOUS:
+        if asked.seed in faults.poison or self._hits.get(asked.seed, 0) >= 2 or self._unlucky:
             # It has failed, and the coordinator that could have said why is gone.
             asked.lost = True
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from drumline.engine.core.config import CoreConfig
-from drumline.engine.core.coordination import CoordinationConfig
+from drumline.engine.core.coordination_config import CoordinationConfig
 from drumline.engine.core.members import MembershipConfig
 from drumline.protocol.layout import Layout
 from drumline.protocol.messages import WorkerConfig

@@ -30,7 +30,7 @@ def plain_shape(layout: Layout, **changed: Any) -> Shape:
     """A MoE engine in which nothing is short."""
     core = CoreConfig(
         max_num_seqs=8,
-        max_num_batched_tokens=32,
+        max_num_batched_tokens=1024,
         block_size=4,
         max_model_len=200,
         vocab_size=1000,
@@ -41,7 +41,7 @@ def plain_shape(layout: Layout, **changed: Any) -> Shape:
     )
     stages = tuple(range(layout.pipeline_parallel_size))
     shape = Shape(
-        layout=layout, core=core, num_blocks=200, num_experts=2 * layout.ep_size, moe_layer_stage=stages, load_s=5.0
+        layout=layout, core=core, num_blocks=400, num_experts=2 * layout.ep_size, moe_layer_stage=stages, load_s=5.0
     )
     for name, value in changed.items():
         setattr(shape, name, value)

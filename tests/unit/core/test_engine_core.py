@@ -231,7 +231,7 @@ def test_resume_of_an_ended_request_tells_its_end_until_it_is_forgotten() -> Non
     assert gone.error.field == "request_id"
 
 
-@pytest.mark.parametrize("positions", [(), (0, 0), (2,), (-1,)])
+@pytest.mark.parametrize("positions", [(0, 0), (2,), (-1,)])
 def test_resume_from_positions_that_do_not_exist_is_refused(positions: tuple[int, ...]) -> None:
     driver = Driver()
     driver.accept("a", 4)

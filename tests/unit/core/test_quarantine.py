@@ -93,3 +93,25 @@ def test_the_others_are_released_once_the_one_is_found() -> None:
     assert not quarantine
     assert quarantine.confinement.held == ()
     assert quarantine.poisoned == 1
+
+
+def test_a_death_elsewhere_is_not_laid_at_those_that_run_apart() -> None:
+    quarantine = Quarantine()
+    tokens = dict.fromkeys("abc", 0)
+    quarantine.died(["a", "b"], tokens)
+    quarantine.died(["a", "c"], tokens)
+    assert quarantine.confinement.active == ("a",)
+    assert quarantine.died(["a", "b"], tokens, apart=False) is None
+    assert quarantine.confinement.active == ("a",)
+    assert quarantine.confinement.held == ("b",), "its turn comes when a has gone on without killing"
+    assert quarantine.progressed(tokens | {"a": PASSED_TOKENS})
+    assert quarantine.confinement.active == ("b",)
+    assert quarantine.died(["b"], tokens) == "b"
+
+
+def test_who_is_alone_in_the_steps_is_guilty_wherever_a_rank_dies() -> None:
+    quarantine = Quarantine()
+    tokens = dict.fromkeys("ab", 0)
+    quarantine.died(["a", "b"], tokens)
+    quarantine.died(["a"], tokens)
+    assert quarantine.died(["a"], tokens, apart=False) == "a"

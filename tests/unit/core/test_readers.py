@@ -207,3 +207,11 @@ def test_of_what_is_accepted_and_forgotten_between_two_notes_only_the_latter_is_
     notes = driver.core.take_notes()
     assert notes is not None
     assert ([handle for _, handle in notes.accepted], notes.forgotten) == ([3], ("a",))
+
+
+def test_a_resume_that_names_no_positions_is_told_everything() -> None:
+    driver = Driver()
+    driver.accept("a", 4, n=2)
+    driver.run([5, 6])
+    answer = resume(driver, positions=())
+    assert [own.tolist() for own in answer.tokens] == [[5], [6]]

@@ -54,7 +54,13 @@ REFUSED: list[tuple[Callable[[], object], str, str, str]] = [
     (make(EngineConfig, model="demo", seed=-1), "seed", "-1", "0 to"),
     (make(EngineConfig, model="demo", parallel=2), "parallel", "2", "ParallelConfig"),
     (make(EngineConfig, model="demo", scheduler=CacheConfig()), "scheduler", "CacheConfig", "SchedulerConfig"),
-    (make(EngineConfig, model="demo", journal="/var/j"), "journal", "/var/j", "off"),
+    (make(EngineConfig, model="demo", journal=""), "journal", "", "not empty"),
+    (make(EngineConfig, model="demo", journal=7), "journal", "7", "string"),
+    (make(EngineConfig, model="demo", fault_injection=1), "fault_injection", "1", "True or False"),
+    (make(FaultConfig, restart_limit=-1), "restart_limit", "-1", "0 to"),
+    (make(FaultConfig, coordinator_lease_s=float("nan")), "coordinator_lease_s", "nan", "0"),
+    (make(FaultConfig, resume_window_s=-1), "resume_window_s", "-1", "0"),
+    (make(FaultConfig, expert_growth_bytes=-1), "expert_growth_bytes", "-1", "None"),
     (make(EngineConfig, model="demo", endpoint="tcp://*:1"), "endpoint", "tcp://*:1", "None"),
     (make(EngineConfig, model="demo", inline="yes"), "inline", "yes", "True or False"),
     (
@@ -100,8 +106,9 @@ def test_a_configuration_is_checked_again_when_it_is_decoded() -> None:
         msgspec.json.decode(raw, type=EngineConfig)
 
 
-def test_a_path_is_taken_for_a_folder() -> None:
-    assert EngineConfig(Path("/models/x")).model == "/models/x"  # type: ignore[arg-type]
+def test_a_path_is_taken_for_a_folder_or_a_journal() -> None:
+    config = EngineConfig(Path("/models/x"), journal=Path("/var/j"))  # type: ignore[arg-type]
+    assert (config.model, config.journal) == ("/models/x", "/var/j")
 
 
 def test_defaults_are_those_of_the_documentation() -> None:

@@ -70,3 +70,10 @@ def test_the_same_seed_meets_the_same_messages() -> None:
         runs.append([rules.decide("to_worker", "Step", 0, 1.0) is not None for _ in range(200)])
     dice = random.Random(7)
     assert runs[0] == runs[1] == [dice.random() < 0.3 for _ in range(200)]
+
+
+def test_a_fault_that_is_taken_back_does_not_come() -> None:
+    injections = Injections()
+    injections.add((Injection(1, 0, "kill", "decode"), Injection(2, 0, "hang", "step")))
+    injections.add((Injection(1, 0, "none"), Injection(7, 0, "none")))
+    assert [one.number for one in injections.of(0)] == [2]

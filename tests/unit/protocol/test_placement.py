@@ -109,3 +109,18 @@ def test_maps_invert_any_placement(data: st.DataObject) -> None:
     owned = [len(maps.local_slots(r)) for r in range(ep_size)]
     assert tuple(owned) == slots_per_rank(placement.shape[1], ep_size)
     assert maps.slot_rank.tolist() == [r for r, n in enumerate(owned) for _ in range(n)]
+
+
+def test_ranks_may_have_slots_of_their_own_number() -> None:
+    placement = np.array([[0, 1, 2, 2, 0]], dtype=np.int32)
+    maps = PlacementMaps.build(placement, 3, 3, (1, 4, 0))
+    assert maps.slot_rank.tolist() == [0, 1, 1, 1, 1]
+    assert [list(maps.local_slots(rank)) for rank in range(3)] == [[0], [1, 2, 3, 4], []]
+    assert maps.logical_to_physical.tolist() == [[[0, 4], [1, -1], [2, 3]]]
+
+
+@pytest.mark.parametrize("slots", [(1, 4), (1, 4, 1), (6, 0, -1), (5,)])
+def test_slots_that_do_not_add_up_are_refused(slots: tuple[int, ...]) -> None:
+    placement = np.array([[0, 1, 2, 2, 0]], dtype=np.int32)
+    with pytest.raises(InvalidConfig, match="3 numbers from 0 that add up to 5"):
+        PlacementMaps.build(placement, 3, 3, slots)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from drumline.protocol.layout import Layout
+from drumline.protocol.messages import I32Matrix
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.placement import PlacementMaps, initial_placement
 from drumline.workers.models import Decoder, ModelBuild
@@ -21,6 +22,13 @@ def placement_maps(spec: ModelSpec, layout: Layout, strategy: str = "linear") ->
     return PlacementMaps.build(placement, spec.num_experts, ep_size)
 
 
+def own_slots(spec: ModelSpec, layout: Layout, rank: int = 0, strategy: str = "linear") -> I32Matrix:
+    """The experts of the slots of ``rank``: (MoE layers, slots)."""
+    maps = placement_maps(spec, layout, strategy)
+    own = maps.local_slots(layout.ep_rank(rank))
+    return maps.physical_to_logical[:, own.start : own.stop]
+
+
 def empty_model(
     folder: Path,
     layout: Layout | None = None,
@@ -31,7 +39,4 @@ def empty_model(
 ) -> Decoder:
     """What ``rank`` allocates; its memory is undefined until the plan has been carried out."""
     spec, layout = ModelSpec.from_folder(folder), layout or Layout()
-    maps = placement_maps(spec, layout, strategy)
-    own = maps.local_slots(layout.ep_rank(rank))
-    experts = maps.physical_to_logical[:, own.start : own.stop]
-    return Decoder(ModelBuild(spec, layout, rank, experts, 64, dtype, CPU))
+    return Decoder(ModelBuild(spec, layout, rank, own_slots(spec, layout, rank, strategy), 64, dtype, CPU))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from drumline.protocol.errors import InvalidConfig, ProtocolError
 from drumline.protocol.messages import Admit, SamplingSpec, Step
 from drumline.protocol.modelspec import ModelSpec
+from drumline.workers.groups import PeerLost
 from drumline.workers.model_runner import ModelRunner, NumericFault
 from tests.checkpoints import Checkpoints
 from tests.parity.stepdriver import GREEDY, StepDriver, Stream, loaded_runner, worker_config
@@ -73,6 +75,22 @@ def test_logits_that_are_not_finite_name_their_rows_and_poison_nobody_else(runne
         assert part is not None
         assert bool(part.isfinite().all())
     runner.reset()
+    assert runner.execute(first_step({5: [9, 8, 7]}, int32(3))).tokens.tolist() == reference
+
+
+def test_a_step_that_is_left_halfway_leaves_no_nan_behind(runner: ModelRunner) -> None:
+    reference = runner.execute(first_step({5: [9, 8, 7]}, int32(3))).tokens.tolist()
+    runner.reset()
+
+    def left(*_: Any) -> Any:
+        runner.cache.keys[0][:, 80, 0] = float("nan")
+        raise PeerLost("rank 1 is gone")
+
+    with mock.patch.object(runner.model.layers[1], "mlp", left), pytest.raises(PeerLost):
+        runner.execute(first_step({5: [9, 8, 7]}, int32(3)))
+    assert not bool(runner.cache.keys[0].isfinite().all())
+    runner.reset()
+    assert bool(runner.cache.keys[0].isfinite().all())
     assert runner.execute(first_step({5: [9, 8, 7]}, int32(3))).tokens.tolist() == reference
 
 

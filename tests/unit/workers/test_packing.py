@@ -14,7 +14,7 @@ from drumline.workers.layers import Linear, ParallelMlp
 from drumline.workers.layers.packing import pack_weight
 from drumline.workers.models import Decoder, ModelBuild
 from tests.checkpoints import Checkpoints
-from tests.unit.workers.pieces import CPU, placement_maps
+from tests.unit.workers.pieces import CPU, own_slots
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -62,7 +62,7 @@ def test_packing_holds_no_byte_more_but_for_a_head_that_is_the_embedding_too(
     small = ModelSpec.from_folder(checkpoints(name))
     spec = msgspec.structs.replace(small, hidden_size=512, intermediate_size=768, vocab_size=1000)
     layout = Layout()
-    model = Decoder(ModelBuild(spec, layout, 0, placement_maps(spec, layout), 64, dtype, CPU))
+    model = Decoder(ModelBuild(spec, layout, 0, own_slots(spec, layout), 64, dtype, CPU))
     before = held_bytes(model)
     model.finish_loading()
     assert model.head is not None

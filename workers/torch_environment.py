@@ -1,4 +1,4 @@
-"""What OpenMP is told before torch loads it."""
+"""What torch and OpenMP are told before they are loaded."""
 
 from __future__ import annotations
 
@@ -13,3 +13,9 @@ def sleep_while_waiting() -> None:
     threads. Whoever has set OMP_WAIT_POLICY keeps it.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def leave_losses_to_us() -> None:
+    """Keep torch's own warnings of lost connections, with the frames of C++ they come from, out of stderr: which rank
+    went is told by the engine. Call before torch is imported; whoever has set TORCH_CPP_LOG_LEVEL keeps it."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -301,6 +301,7 @@ class Control:
     def leave(self, code: int) -> None:
         """Send what is queued and end the process; a peer that reads nothing is waited for one second."""
         self.abort.abort_all("the process ends")
-        self.outbox.drain_within(FLUSH_DEADLINE_S)
+        with contextlib.suppress(EngineClosed):  # to nobody there is nothing to say
+            self.outbox.drain_within(FLUSH_DEADLINE_S)
         self._connection.close(FLUSH_DEADLINE_S)
         os._exit(code)

@@ -138,6 +138,16 @@ async def test_a_rank_whose_lease_runs_out_ends(
     assert config.coordinator_lease_s == 1.0
 
 
+async def test_sigterm_ends_a_rank_on_its_lease(
+    forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
+) -> None:
+    pid, _ = await start_one(forkserver, coordinator, checkpoints("qwen3-moe"), coordinator_lease_s=60.0)
+    coordinator.close_router()
+    await asyncio.sleep(0.3)
+    os.kill(pid, signal.SIGTERM)
+    assert forkserver.expect_exit(pid, 5.0)[:2] == (143, 0)
+
+
 async def test_the_lifeline_ends_a_rank_on_its_lease(
     own_forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
 ) -> None:

@@ -11,14 +11,17 @@ import sys
 import time
 from pathlib import Path
 
-from drumline.protocol.messages import HelloWorker, Load, Loaded
+from drumline.protocol.messages import Fault, HelloWorker, Load, Loaded, StepDone
 from tests.checkpoints import Checkpoints
+from tests.integration.workers.driving import PROMPT, placement, start_one
 from tests.integration.workers.processes import (
     NO_EXPERTS,
     CoordinatorEnd,
     ForkServerProcess,
+    admission,
     open_descriptors,
     proc_file,
+    step,
     wait_until_gone,
     worker_config,
 )
@@ -173,12 +176,22 @@ async def test_all_are_gone_within_3_s_of_the_owners_death_while_loading(
     os.close(turn)
 
 
-async def test_workers_outlive_their_forkserver(own_forkserver: ForkServerProcess, coordinator: CoordinatorEnd) -> None:
-    pid = own_forkserver.spawn(0, coordinator.endpoint)
-    await coordinator.welcome(0, worker_config("/nowhere", beat_interval_s=0.05))
+async def test_workers_outlive_their_forkserver(
+    own_forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
+) -> None:
+    """Though nobody reads what they write to stderr any more."""
+    pid, _ = await start_one(own_forkserver, coordinator, checkpoints("qwen3-moe"), beat_interval_s=0.05)
     own_forkserver.process.kill()
     own_forkserver.process.wait(5)
-    await coordinator.expect_beats(5)
+    await coordinator.expect_beats(3)
+    descriptors = open_descriptors(pid)
+    assert (descriptors[1], descriptors[2]) == ("/dev/null", "/dev/null")
+    coordinator.send(0, step(1, [1]))  # out of order: told, and written to stderr
+    await coordinator.expect(Fault, 0)
+    await coordinator.leave([0], 2)
+    await coordinator.configure([0], placement(1), epoch=2)
+    coordinator.send(0, step(0, [len(PROMPT)], epoch=2, **admission(PROMPT)))
+    assert len((await coordinator.expect(StepDone, 0)).tokens) == 1
     os.close(own_forkserver.lifeline)
     wait_until_gone([pid], 3.0)
 

@@ -29,8 +29,10 @@ async def test_first_steps_ask_for_time_and_later_ones_do_not(
         await coordinator.expect(StepDone, 0)
     told = [(beat.step, beat.lease_s) for beat in coordinator.beats]
     assert told[-1][1] == 0.0
-    assert {one for one in told if one[1]} <= {(1, 60.0), (2, 60.0), (3, 60.0)}
-    assert (1, 60.0) in told
+    asking = [one for one in told if one[1]]
+    assert {number for number, _ in asking} <= {1, 2, 3}
+    assert asking[0][0] == 1
+    assert all(50.0 < lease_s <= 60.0 for _, lease_s in asking)
     await stop(forkserver, coordinator, [pid])
 
 
@@ -47,7 +49,8 @@ async def test_who_waits_for_another_says_so_before_the_next_beat_is_due(
         await coordinator.expect_beats(1, timeout_s=5.0)
     told = coordinator.beats[-1]
     print(f"told {time.monotonic() - start:.2f} s after the step was sent: {told}")
-    assert (told.step, told.lease_s) == (1, 60.0)
+    assert told.step == 1
+    assert 50.0 < told.lease_s < 60.0  # what is left of it
     assert told.collective >= 1
     with pytest.raises(TimeoutError):
         await coordinator.expect_beats(1, timeout_s=1.0)

@@ -12,10 +12,10 @@ import asyncio
 import contextlib
 import enum
 import logging
-import os
 import secrets
 import traceback
 import uuid
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -100,7 +100,7 @@ class Coordinator:
         #: How the ranks that somebody else starts are started, None when there are none.
         launch = external_launch(order)
         #: Ranks that an earlier coordinator admitted by the token may be on their way back.
-        self._ranks_may_live = launch is not None and os.path.exists(launch.token_file)
+        self._ranks_may_live = launch is not None and Path(launch.token_file).exists()
         token = launch_token(launch) if launch is not None else ""
         self.coordination = Coordination(
             CoordinationConfig(

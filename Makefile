@@ -42,6 +42,9 @@ soak: $(SOAKS)  ## each soak-* target for MINUTES
 soak-sim: $(STAMP)  ## 20 minutes when called alone
 	$(BIN)/python -m tests.simulation.soak --minutes $(long)
 
+soak-faults: $(STAMP)  ## 20 minutes when called alone
+	$(BIN)/python -m tests.faults.soak --minutes $(long)
+
 soak-layouts: $(STAMP)  ## every model in every layout once, whatever MINUTES says
 	$(BIN)/python -m tests.parity.soak_layouts
 

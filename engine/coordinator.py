@@ -15,6 +15,7 @@ import logging
 import secrets
 import traceback
 import uuid
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,9 +28,10 @@ from drumline.engine.core.coordination import Coordination
 from drumline.engine.core.coordination_config import CoordinationConfig
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.members import Called, Ended, Loading, Output, Ready, Tell, ToOwner, ToPeer, ToReplica
+from drumline.engine.core.membership import GATHER_S
 from drumline.engine.inject_orders import InjectOrders
 from drumline.engine.keeping import Keeping
-from drumline.engine.launch.external import external_launch, waiting_event, write_launch_token
+from drumline.engine.launch.external import external_launch, launch_token, waiting_event
 from drumline.engine.launch.order import Order
 from drumline.engine.membership_config import membership_config
 from drumline.engine.resolve import ResolvedConfig, resolve
@@ -97,7 +99,9 @@ class Coordinator:
         order, config = self.order, self.resolved.config
         #: How the ranks that somebody else starts are started, None when there are none.
         launch = external_launch(order)
-        token = write_launch_token(launch) if launch is not None else ""
+        #: Ranks that an earlier coordinator admitted by the token may be on their way back.
+        self._ranks_may_live = launch is not None and Path(launch.token_file).exists()
+        token = launch_token(launch) if launch is not None else ""
         self.coordination = Coordination(
             CoordinationConfig(
                 membership=membership_config(order, self.resolved, self.term, launch, token),
@@ -297,11 +301,17 @@ class Coordinator:
             return
         ranks = len(self.resolved.config.parallel.local_ranks)
         self.clients.connections.reply(connection, Event("starting", f"starting {ranks} worker processes"))
-        awaited = self.coordination.membership.awaited
-        if self.workers.launch is not None and awaited:
-            self.clients.connections.reply(connection, waiting_event(self.workers.launch, awaited))
+        if self._ranks_may_live:
+            asyncio.get_running_loop().call_later(GATHER_S, self._tell_awaited, connection)
+        else:
+            self._tell_awaited(connection)
         for warning in self.resolved.warnings:
             self.clients.connections.reply(connection, Event("warning", warning))
+
+    def _tell_awaited(self, connection: ClientConnection) -> None:
+        awaited = self.coordination.membership.awaited
+        if self.workers.launch is not None and awaited and not self._ended.is_set():
+            self.clients.connections.reply(connection, waiting_event(self.workers.launch, awaited))
 
     def status_json(self, now: float) -> bytes:
         return msgspec.json.encode(engine_status(self, self._calls.late_replies, now))

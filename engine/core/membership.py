@@ -186,7 +186,8 @@ class Membership:
             return self._first.over and not any(
                 self.ranks[rank].coming and rank not in self._config.external_ranks for rank in group.ranks
             )
-        awaited = any(not self.ranks[rank].usable for rank in group.ranks if rank in self._hellos.adopted)
+        lived = self._hellos.adopted | self._config.external_ranks
+        awaited = any(not self.ranks[rank].usable for rank in group.ranks if rank in lived)
         return not awaited or self._now >= self._deadlines.gathers_until
 
     # ------------------------------------------------------------------------------------------- what ranks say

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shlex
@@ -41,15 +42,19 @@ def external_launch(order: Order) -> ExternalLaunch | None:
     return ExternalLaunch(order.worker_endpoint, f"{order.runtime_dir}/{TOKEN_FILE}", ranks)
 
 
-def write_launch_token(launch: ExternalLaunch) -> str:
-    """Draw the token of all ranks of ``launch`` and leave it in its file, which only this user can read. The file is
-    whole as soon as it is there."""
+def launch_token(launch: ExternalLaunch) -> str:
+    """The token of all ranks of ``launch``, which its file keeps for the coordinators that follow: ranks that live show
+    it again. Drawn by the first one; only this user can read the file, which is whole as soon as it is there."""
+    path = Path(launch.token_file)
+    with contextlib.suppress(FileNotFoundError):
+        if kept := path.read_text(errors="replace").strip():
+            return kept
     token = secrets.token_urlsafe(24)
-    unfinished = Path(f"{launch.token_file}.new")
+    unfinished = Path(f"{path}.new")
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(token + "\n")
-    unfinished.replace(launch.token_file)
+    unfinished.replace(path)
     return token
 
 

@@ -145,22 +145,32 @@ class Forkserver:
                 return
 
     def _worker_ended(self, pid: int) -> None:
-        if not self._reap(pid):
-            # It is the forkserver's child, which tells how it ended, and its last words.
+        if self._pipe.exited.is_set():
+            self._settle(pid)
+        else:
+            # It is the forkserver's child, which tells how it ended, and its last words; or an earlier one's, and ours.
             self._loop.call_later(REPORT_S, self._unreported, pid, self._pipe)
+            self._reap(pid)
 
     def _reap(self, pid: int) -> bool:
-        """Tell of a worker whose forkserver is dead: it has become a child of ours."""
+        """Tell of an ended worker whose forkserver is dead: it has become a child of ours. Whether it had."""
         how = reap(pid)
-        if how is None:
-            return False
+        if how is not None:
+            self._tell_of(pid, how)
+        return how is not None
+
+    def _settle(self, pid: int) -> None:
+        """Tell of an ended worker of a dead forkserver, which may have taken with it how it ended."""
+        if not self._reap(pid):
+            self._tell_of(pid, (0, 0))
+
+    def _tell_of(self, pid: int, how: tuple[int, int]) -> None:
         rank = self._workers.remove(pid)
         if rank is not None:
             self._on_exited(Exited(rank, pid, *how))
-        return True
 
     def _unreported(self, pid: int, pipe: ForkserverPipe) -> None:
-        if pid in self._workers.ended and pipe is self._pipe:
+        if pid in self._workers.ended and pipe is self._pipe and not self._closing:
             log.warning("the forkserver (pid %d) does not tell how worker %d ended; it is killed", pipe.pid, pid)
             pipe.signal(signal.SIGKILL)
 
@@ -172,7 +182,7 @@ class Forkserver:
 
     def _ended(self, code: int, number: int) -> None:
         for pid in list(self._workers.ended):
-            self._reap(pid)
+            self._settle(pid)
         if self._closing:
             return
         self._kill_strays()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from drumline.engine.config import EngineConfig, ParallelConfig
 from drumline.engine.testing import FaultyEngine, InjectedFault
+from drumline.engine.testing.recovery import WINDOW_S
 from drumline.protocol.messages import Event
 from drumline.protocol.status import EngineStatus
 from tests.faults.streams import Streams, requests
@@ -67,6 +68,8 @@ class Matrix:
             elif point in ("joining", "loading"):
                 await self._kill_now(rank)
             await order
+            # The time to the next token is known when the streams have run on for so long.
+            await asyncio.sleep(WINDOW_S)
             await self.streams.move_on()
 
     async def _kill_now(self, rank: int) -> None:
@@ -116,7 +119,7 @@ async def _ordered(order: Coroutine[object, object, InjectedFault]) -> asyncio.T
 
 
 def _other(rank: int, status: EngineStatus) -> int:
-    """Whose death ``rank`` is to see as a survivor: one of its own replica, so that another goes on, if there is one."""
+    """Whose death ``rank`` is to see as a survivor: if there is one, of its own replica, so that another goes on."""
     own = status.ranks[rank].dp_rank
     others = [one for one in status.ranks if one.rank != rank]
     return max(others, key=lambda one: (one.dp_rank == own, -one.rank)).rank
@@ -128,7 +131,7 @@ async def run(
     title: str,
     more: Callable[[], bool] = lambda: True,
 ) -> Streams:
-    """One engine, one fault (its point and rank) after the other, those at idle first, while there is to be ``more``."""
+    """One engine, one fault (point and rank) after the other, those at idle first, while there is to be ``more``."""
     matrix: Matrix | None = None
 
     def take(event: Event) -> None:

@@ -218,6 +218,19 @@ async def test_streams_of_a_killed_job_rank_go_on_without_it_until_the_job_start
     assert set(job.exit_codes()) == {0}
 
 
+async def test_job_ranks_stay_with_the_next_coordinator_and_are_not_asked_for_again(mark: str, job: Job) -> None:
+    async with run_with(EXTERNAL, job) as engine:
+        expected = await undisturbed(engine, 4)
+        streams = await under_way(engine, 4)
+        os.kill((await engine.status()).coordinator.pid, signal.SIGKILL)
+        assert await all_of(streams) == expected
+        status = await whole(engine)
+        assert status.term == 2
+        assert [rank.pid for rank in status.ranks] == [job.ranks[0].pid, job.ranks[1].pid]
+        assert [event.done for event in job.events if event.kind == "waiting"] == [0]
+    assert job.exit_codes() == [0, 0]
+
+
 async def test_a_job_rank_that_is_killed_while_idle_is_found_out(mark: str, job: Job) -> None:
     async with run_with(EXTERNAL, job) as engine:
         expected = await eight_tokens(engine)

@@ -9,7 +9,8 @@ import asyncio
 import sys
 from pathlib import Path
 
-from tests.integration.workers.processes import CoordinatorEnd, WorkerConfig, worker_config
+from drumline.protocol.messages import WorkerConfig
+from tests.integration.workers.processes import CoordinatorEnd, worker_config
 
 
 def config_on_lease(model: Path | str) -> WorkerConfig:

@@ -73,6 +73,20 @@ def test_ranks_that_lived_are_waited_for_no_longer_than_a_moment() -> None:
     assert [member.rank for member in ranks.said(Configure)[0].parked] == [2]
 
 
+def test_ranks_of_a_job_that_lived_are_waited_for_as_long() -> None:
+    ranks = FakeRanks(config(TWO_BY_TWO, external_ranks=frozenset(range(4)), launch_token="job"))
+    for rank in range(4):
+        ranks.processes[rank] = living(rank)
+        ranks.processes[rank].token = "job"
+    ranks.start()
+    for rank in (0, 1, 2):
+        hello_again(ranks, rank)
+    ranks.wait(GATHER_S - 0.1, beating=[0, 1, 2])
+    assert not ranks.said(EpochReady)
+    hello_again(ranks, 3)
+    assert ranks.said(EpochReady)[0].serving == (0, 1)
+
+
 def test_a_rank_that_lived_and_never_says_hello_is_killed_at_the_start_deadline() -> None:
     ranks = taking_over(0, 1, 2, 3)
     for rank in (0, 1, 2):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from drumline.workers import progress
+from drumline.workers.progress import Progress
 
 
 def test_a_lease_runs_out_while_it_is_told_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    record = progress.Progress()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    record = Progress()
     assert record.lease_left() == 0.0
     record.grant_lease(60.0)
     left = []
@@ -21,7 +23,7 @@ def test_a_lease_runs_out_while_it_is_told_again_and_again(monkeypatch: pytest.M
 
 
 def test_the_end_of_a_lease_and_of_an_epoch_leave_nothing_of_it() -> None:
-    record = progress.Progress()
+    record = Progress()
     record.grant_lease(60.0)
     record.grant_lease(0.0)
     assert record.lease_left() == 0.0

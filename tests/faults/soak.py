@@ -1,0 +1,134 @@
+"""Faults for as long as you like: ``python -m tests.faults.soak --minutes 20``.
+
+More than half of the time every rank of every layout is killed at every point, in a random order; then ranks are
+stopped for 20 s, coordinators killed, and hostile frames sent. ``--seed N``: in the order of that run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+from drumline.engine.config import EngineConfig
+from drumline.engine.testing import FaultyEngine
+from drumline.engine.testing.recovery import Spread
+from tests import procfs
+from tests.checkpoints import make_checkpoint
+from tests.faults.hostile_soak import hostile
+from tests.faults.matrix import LAYOUTS, POINTS, dense, run
+from tests.faults.streams import Streams
+from tests.faults.test_coordinator_killed import kill_coordinators, kill_rank_and_coordinator
+from tests.faults.test_stopped import TWO, sleep_through
+
+Phase = Callable[[random.Random, float], Coroutine[None, None, None]]
+COORDINATORS = 20
+ASLEEP_S = 20.0
+RANKS = {"dp4-ep": 4, "tp2-dp2-ep": 4, "pp2-dp2-ep": 4, "tp2-dp2": 4}
+LEAST_S = 20.0
+"""Of each layout: its engine starts, and one fault happens."""
+
+
+def until(end: float) -> Callable[[], bool]:
+    """Whether there is time left, asked after each thing that is done: the first one is always done."""
+    asked = 0
+
+    def more() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 1 or time.monotonic() < end
+
+    return more
+
+
+async def kills(rng: random.Random, seconds: float) -> None:
+    """All ranks, all points, all layouts."""
+    times: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(Path(folder) / "llama", "llama")
+        layouts: list[tuple[str, EngineConfig]] = [*LAYOUTS.items(), ("llama-dp2", dense(Path(folder) / "llama"))]
+        rng.shuffle(layouts)
+        start = time.monotonic()
+        for number, (name, config) in enumerate(layouts):
+            faults = [(point, rank) for point in POINTS for rank in range(RANKS.get(name, 2))]
+            rng.shuffle(faults)
+            end = start + (number + 1) * seconds / len(layouts)
+            streams = await run(config, faults, name, until(end))
+            times += [one for some in streams.recoveries.times.values() for one in some]
+    all_of = Spread.of(times)
+    print(f"all kills: {all_of.count} times, p50 {1e3 * all_of.p50_s:.0f} ms, p99 {1e3 * all_of.p99_s:.0f} ms")
+
+
+async def stops(rng: random.Random, seconds: float) -> None:
+    """Ranks that sleep, at points that come by themselves."""
+    more = until(time.monotonic() + seconds)
+    async with FaultyEngine(TWO) as faulty:
+        streams = await Streams.learned(faulty.engine)
+        async with streams.running():
+            await streams.move_on()
+            points = [(rank, at) for rank in range(2) for at in (None, "prefill", "decode")]
+            rng.shuffle(points)
+            for rank, at in points:
+                if more():
+                    took = await sleep_through(faulty, streams, rank, ASLEEP_S, at)
+                    assert took < ASLEEP_S / 2, f"streams stood still for {took:.1f} s"
+        print("\n" + streams.report("stopped"))
+
+
+async def coordinators(rng: random.Random, seconds: float) -> None:
+    """One coordinator after the other, then one in the middle of a recovery."""
+    more = until(time.monotonic() + seconds)
+    async with FaultyEngine(LAYOUTS["dp2-ep"]) as faulty:
+        streams = await Streams.learned(faulty.engine)
+        async with streams.running():
+            await streams.move_on()
+            killed = 0
+            while killed < COORDINATORS and more():
+                await kill_coordinators(faulty, streams, 1)
+                killed += 1
+            await kill_rank_and_coordinator(faulty, streams, rng.randrange(2))
+        print("\n" + streams.report(f"{killed} coordinators"))
+
+
+PHASES: tuple[tuple[str, float, Phase], ...] = (
+    ("kills", 0.55, kills),
+    ("stops", 0.15, stops),
+    ("coordinators", 0.1, coordinators),
+    ("hostile", 0.2, hostile),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--only", choices=[name for name, _, _ in PHASES], help="all of the time for one part")
+    arguments = parser.parse_args()
+    seed = random.SystemRandom().randrange(1 << 40) if arguments.seed is None else arguments.seed
+    os.environ["OMP_NUM_THREADS"] = "1"
+    print(f"seed {seed}")
+    for name, share, phase in PHASES:
+        if arguments.only not in (None, name):
+            continue
+        seconds = 60 * arguments.minutes * (1.0 if arguments.only else share)
+        try:
+            asyncio.run(phase(random.Random(seed), seconds))
+        except Exception:
+            traceback.print_exc()
+            print(f"{name} failed with seed {seed}")
+            return 1
+    left = procfs.descendants(os.getpid())
+    if left:
+        print(f"left alive: {[procfs.command(pid) for pid in left]}")
+    return int(bool(left))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

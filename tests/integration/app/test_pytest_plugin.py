@@ -31,7 +31,7 @@ async def test_left_open(faulty_engine):
 
 def test_the_fixture_makes_engines_and_fails_who_leaves_one_open(mark: str, tmp_path: Path) -> None:
     (tmp_path / "test_theirs.py").write_text(THEIRS)
-    plugins = ["-p", "pytest_asyncio", "-p", "drumline.engine.testing.pytest_plugin"]
+    plugins = ["-p", "pytest_asyncio.plugin", "-p", "drumline.engine.testing.pytest_plugin"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *plugins, "-o", "asyncio_mode=auto", "-q", "-rA", "-c", "/dev/null", "."],
         cwd=tmp_path,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
@@ -66,6 +69,16 @@ class FaultyEngine:
             await self._injector.close()
         finally:
             await self.engine.close()
+
+    def abandon(self) -> None:
+        """For an engine whose event loop is gone, so that nobody can close it: kills all that it owns and lets go of
+        its socket, which would hold up the end of this process."""
+        self.is_open = False
+        if self.supervisor_pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.supervisor_pid, signal.SIGKILL)
+        if self.engine._connection is not None:
+            self.engine._connection._socket._context.destroy(linger=0)
 
     def _event(self, event: Event) -> None:
         self._injector.take(event)

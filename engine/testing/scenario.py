@@ -135,8 +135,8 @@ def _drawn(rng: random.Random, kind: str, at: float, ranks: int, chances: Chance
             kind,
             at,
             rng.choice((-1, rank)),
-            seconds=rng.choice((0.01, 0.1)) if kind == "delay" else rng.uniform(0.2, 1.0),
-            probability=rng.choice((0.05, 0.3)),
+            seconds=rng.choice((0.01, 0.1)) if kind == "delay" else 2.0,
+            probability=rng.choice((0.1, 0.5)),
             times=rng.choice((1, 3)) if kind in ("drop", "corrupt") else rng.choice((10, 50)),
         )
     if kind in ("coordinator", "forkserver"):

@@ -11,6 +11,7 @@ from drumline.engine.errors import InvalidRequest
 from drumline.engine.testing import FaultyEngine, InjectionFailed, Scenario, ScheduledFault, Sequence, compare
 from tests.integration.engine.conftest import mark, runtime_root
 from tests.procfs import is_alive
+from tests.scenarios import ASLEEP, FOUR_AT_ONCE
 
 __all__ = ["mark", "runtime_root"]
 
@@ -41,19 +42,10 @@ async def read_under(faulty: FaultyEngine, scenario: Scenario) -> list[Sequence]
 
 
 async def test_streams_are_equal_after_a_scenario_whose_every_fault_was_seen(mark: str) -> None:
-    scenario = Scenario(
-        "four",
-        (
-            ScheduledFault("duplicate", rank=0, messages=("StepDone",), times=2),
-            ScheduledFault("kill", rank=1, point="decode"),
-            ScheduledFault("partition", 0.1, rank=0, seconds=0.1),
-            ScheduledFault("coordinator", 0.3),
-        ),
-    )
     async with FaultyEngine(TWO) as faulty:
         expected = [await read(faulty, params) for params in PARAMS]
         before = await faulty.engine.status()
-        found = await read_under(faulty, scenario)
+        found = await read_under(faulty, FOUR_AT_ONCE)
         for params, one, other in zip(PARAMS, expected, found, strict=True):
             assert compare(one, other, params).equal
         assert sorted(fault.kind for fault in faulty.injected) == ["coordinator", "duplicate", "kill", "partition"]
@@ -87,7 +79,7 @@ async def test_what_cannot_or_does_not_happen_raises_and_is_not_recorded(mark: s
 async def test_a_stopped_rank_is_replaced_and_the_sleeper_woken_at_the_end(mark: str) -> None:
     async with FaultyEngine(TWO) as faulty:
         expected = [await read(faulty, params) for params in PARAMS]
-        found = await read_under(faulty, Scenario("asleep", (ScheduledFault("stop", rank=0, seconds=60.0),)))
+        found = await read_under(faulty, ASLEEP)
         for params, one, other in zip(PARAMS, expected, found, strict=True):
             assert compare(one, other, params).equal
         (stopped,) = faulty.injected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,17 @@ class Matrix:
             await asyncio.sleep(WINDOW_S)
             await self.streams.move_on()
 
+    async def some(self, pending: deque[tuple[str, int]], more: Callable[[], bool]) -> None:
+        """The first of the ``pending`` faults, and under load all that follow up to the next at idle."""
+        if pending[0][0] == "idle":
+            await self.at_idle(pending.popleft()[1])
+            return
+        async with self.streams.running():
+            await self.streams.move_on()
+            await self.under_load(*pending.popleft())
+            while pending and pending[0][0] != "idle" and more():
+                await self.under_load(*pending.popleft())
+
     async def _kill_now(self, rank: int) -> None:
         self.streams.fault(self.point)
         await self.faulty.kill(rank)
@@ -119,10 +131,12 @@ async def _ordered(order: Coroutine[object, object, InjectedFault]) -> asyncio.T
 
 
 def _other(rank: int, status: EngineStatus) -> int:
-    """Whose death ``rank`` is to see as a survivor: if there is one, of its own replica, so that another goes on."""
+    """Whose death ``rank`` is to see as a survivor: if there is one, of its own replica, so that another goes on; the
+    one before it, if it is alone in its group."""
     own = status.ranks[rank].dp_rank
-    others = [one for one in status.ranks if one.rank != rank]
-    return max(others, key=lambda one: (one.dp_rank == own, -one.rank)).rank
+    (peers,) = [group.replicas for group in status.groups if own in group.replicas]
+    others = [one for one in status.ranks if one.rank != rank and one.dp_rank in peers]
+    return max(others, key=lambda one: (one.dp_rank == own, -one.rank)).rank if others else rank
 
 
 async def run(
@@ -131,7 +145,7 @@ async def run(
     title: str,
     more: Callable[[], bool] = lambda: True,
 ) -> Streams:
-    """One engine, one fault (point and rank) after the other, those at idle first, while there is to be ``more``."""
+    """One engine, one fault (point and rank) after the other, while there is to be ``more``."""
     matrix: Matrix | None = None
 
     def take(event: Event) -> None:
@@ -141,13 +155,8 @@ async def run(
     async with FaultyEngine(config, on_event=take) as faulty:
         streams = await Streams.learned(faulty.engine, requests())
         matrix = Matrix(faulty, streams)
-        for point, rank in faults:
-            if point == "idle" and more():
-                await matrix.at_idle(rank)
-        async with streams.running():
-            await streams.move_on()
-            for point, rank in faults:
-                if point != "idle" and more():
-                    await matrix.under_load(point, rank)
+        pending = deque(faults)
+        while pending and more():
+            await matrix.some(pending, more)
         print("\n" + streams.report(title) + f"\n{title}: {matrix.kills} kills")
         return streams

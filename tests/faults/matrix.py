@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from drumline.engine.config import EngineConfig, ParallelConfig
 from drumline.engine.testing import FaultyEngine, InjectedFault
-from drumline.engine.testing.recovery import WINDOW_S
 from drumline.protocol.messages import Event
 from drumline.protocol.status import EngineStatus
 from tests.faults.streams import Streams, requests
@@ -48,9 +47,11 @@ class Matrix:
     kills: int = 0
 
     def take(self, event: Event) -> None:
-        """An event of the engine: a rank is about to kill itself."""
+        """An event of the engine: a rank is about to kill itself, or found to be gone."""
         if event.kind == "injected":
-            self.streams.fault(self.point)
+            self.streams.fault(self.point, known=False)
+        elif event.kind == "fault":
+            self.streams.gaps.told()
 
     async def at_idle(self, rank: int) -> None:
         """Kill ``rank`` while nothing runs; requests come at once."""
@@ -69,8 +70,6 @@ class Matrix:
             elif point in ("joining", "loading"):
                 await self._kill_now(rank)
             await order
-            # The time to the next token is known when the streams have run on for so long.
-            await asyncio.sleep(WINDOW_S)
             await self.streams.move_on()
 
     async def some(self, pending: deque[tuple[str, int]], more: Callable[[], bool]) -> None:
@@ -85,7 +84,7 @@ class Matrix:
                 await self.under_load(*pending.popleft())
 
     async def _kill_now(self, rank: int) -> None:
-        self.streams.fault(self.point)
+        self.streams.fault(self.point, known=False)
         await self.faulty.kill(rank)
 
     def _checked(self, point: str) -> _Checked:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 
 from drumline.engine.config import EngineConfig, ParallelConfig
 from drumline.engine.testing import FaultyEngine, InjectedFault
-from drumline.engine.testing.recovery import WINDOW_S
 from drumline.protocol.messages import Event
 from drumline.protocol.status import EngineStatus
 from tests.faults.streams import Streams, requests
@@ -47,9 +47,11 @@ class Matrix:
     kills: int = 0
 
     def take(self, event: Event) -> None:
-        """An event of the engine: a rank is about to kill itself."""
+        """An event of the engine: a rank is about to kill itself, or found to be gone."""
         if event.kind == "injected":
-            self.streams.fault(self.point)
+            self.streams.fault(self.point, known=False)
+        elif event.kind == "fault":
+            self.streams.gaps.told()
 
     async def at_idle(self, rank: int) -> None:
         """Kill ``rank`` while nothing runs; requests come at once."""
@@ -68,12 +70,21 @@ class Matrix:
             elif point in ("joining", "loading"):
                 await self._kill_now(rank)
             await order
-            # The time to the next token is known when the streams have run on for so long.
-            await asyncio.sleep(WINDOW_S)
             await self.streams.move_on()
 
+    async def some(self, pending: deque[tuple[str, int]], more: Callable[[], bool]) -> None:
+        """The first of the ``pending`` faults, and under load all that follow up to the next at idle."""
+        if pending[0][0] == "idle":
+            await self.at_idle(pending.popleft()[1])
+            return
+        async with self.streams.running():
+            await self.streams.move_on()
+            await self.under_load(*pending.popleft())
+            while pending and pending[0][0] != "idle" and more():
+                await self.under_load(*pending.popleft())
+
     async def _kill_now(self, rank: int) -> None:
-        self.streams.fault(self.point)
+        self.streams.fault(self.point, known=False)
         await self.faulty.kill(rank)
 
     def _checked(self, point: str) -> _Checked:
@@ -119,10 +130,12 @@ async def _ordered(order: Coroutine[object, object, InjectedFault]) -> asyncio.T
 
 
 def _other(rank: int, status: EngineStatus) -> int:
-    """Whose death ``rank`` is to see as a survivor: if there is one, of its own replica, so that another goes on."""
+    """Whose death ``rank`` is to see as a survivor: if there is one, of its own replica, so that another goes on; the
+    one before it, if it is alone in its group."""
     own = status.ranks[rank].dp_rank
-    others = [one for one in status.ranks if one.rank != rank]
-    return max(others, key=lambda one: (one.dp_rank == own, -one.rank)).rank
+    (peers,) = [group.replicas for group in status.groups if own in group.replicas]
+    others = [one for one in status.ranks if one.rank != rank and one.dp_rank in peers]
+    return max(others, key=lambda one: (one.dp_rank == own, -one.rank)).rank if others else rank
 
 
 async def run(
@@ -131,7 +144,7 @@ async def run(
     title: str,
     more: Callable[[], bool] = lambda: True,
 ) -> Streams:
-    """One engine, one fault (point and rank) after the other, those at idle first, while there is to be ``more``."""
+    """One engine, one fault (point and rank) after the other, while there is to be ``more``."""
     matrix: Matrix | None = None
 
     def take(event: Event) -> None:
@@ -141,13 +154,8 @@ async def run(
     async with FaultyEngine(config, on_event=take) as faulty:
         streams = await Streams.learned(faulty.engine, requests())
         matrix = Matrix(faulty, streams)
-        for point, rank in faults:
-            if point == "idle" and more():
-                await matrix.at_idle(rank)
-        async with streams.running():
-            await streams.move_on()
-            for point, rank in faults:
-                if point != "idle" and more():
-                    await matrix.under_load(point, rank)
+        pending = deque(faults)
+        while pending and more():
+            await matrix.some(pending, more)
         print("\n" + streams.report(title) + f"\n{title}: {matrix.kills} kills")
         return streams

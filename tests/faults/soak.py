@@ -61,7 +61,7 @@ async def kills(rng: random.Random, seconds: float) -> None:
             rng.shuffle(faults)
             end = start + (number + 1) * seconds / len(layouts)
             streams = await run(config, faults, name, until(end))
-            times += [one for some in streams.recoveries.times.values() for one in some]
+            times += [one for some in streams.gaps.times.values() for one in some]
     all_of = Spread.of(times)
     print(f"all kills: {all_of.count} times, p50 {1e3 * all_of.p50_s:.0f} ms, p99 {1e3 * all_of.p99_s:.0f} ms")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from drumline.engine.client import AsyncEngine
 from drumline.engine.sampling_params import SamplingParams
 from drumline.engine.testing.load import Asked, Load
-from drumline.engine.testing.recovery import Recoveries
+from tests.faults.gaps import Gaps
 
 STREAMS = 32
 TOKENS = 40
@@ -50,7 +50,7 @@ class Streams:
 
     engine: AsyncEngine
     asked: list[Asked]
-    recoveries: Recoveries
+    gaps: Gaps
     moved: list[int]
     requests: int = 0
     sequences: int = 0
@@ -62,11 +62,11 @@ class Streams:
         """Those of ``asked``, whose answers have been learned from ``engine`` before any fault."""
         asked = requests() if asked is None else asked
         await Load(engine, asked, lambda number, at: None).learn()
-        return cls(engine, asked, Recoveries(len(asked)), [0] * len(asked))
+        return cls(engine, asked, Gaps(len(asked)), [0] * len(asked))
 
     def _moved(self, number: int, at: float) -> None:
         self.moved[number] += 1
-        self.recoveries.token(number, at)
+        self.gaps.token(number, at)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -89,11 +89,9 @@ class Streams:
         self.ties += tally.ties
         assert self.ties <= 1 + self.sequences * TIES_PER_SEQUENCE, f"{self.ties} ties of {self.sequences}"
 
-    def fault(self, kind: str) -> float:
-        """One happens now, or has just happened: from here on the time to the next token counts."""
-        now = time.monotonic()
-        self.recoveries.fault(kind, now)
-        return now
+    def fault(self, kind: str, known: bool = True) -> None:
+        """One happens now; unless ``known``, the engine is to tell of it (``gaps.told()``)."""
+        self.gaps.fault(kind, time.monotonic(), known)
 
     async def move_on(self, pieces: int = 2) -> None:
         """Wait until every stream has moved on so many times more."""
@@ -107,7 +105,7 @@ class Streams:
     def report(self, title: str) -> str:
         """Times to the next token by kind of fault, and how many requests were compared."""
         lines = [f"{title}: {self.requests} requests equal, {self.ties} ties"]
-        for kind, one in self.recoveries.spreads().items():
+        for kind, one in self.gaps.spreads().items():
             times = f"p50 {1e3 * one.p50_s:.0f} ms, p99 {1e3 * one.p99_s:.0f} ms, longest {1e3 * one.max_s:.0f} ms"
             lines.append(f"{title} {kind}: {one.count} times to the next token, {times}")
         return "\n".join(lines)

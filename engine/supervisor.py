@@ -185,8 +185,8 @@ class Supervisor:
         coordinator, ranks = self._keeper.process, self._ranks
         self._keeper.say(Stopping(reason="the owner of the engine is gone or closes it", error=self._error))
         if coordinator is not None:
-            # The fatal error must arrive before the lifeline ends, which would end the coordinator without it. Nobody is
-            # left to be told of the end of the app.
+            # The fatal error must arrive before the lifeline ends, which would end the coordinator without it. Of the
+            # end of the app nobody is left to be told.
             if self._error is not None and not self._owner_died:
                 await coordinator.wait(GRACE_S / 2)
             coordinator.close_lifeline()

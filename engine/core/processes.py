@@ -72,9 +72,9 @@ class Processes:
         record.crash_looping = True
         record.start_at = record.log.allowed_at(now)
         limit = self._config.restart_limit
-        why = f"it has been started again {limit} times within 10 minutes" if limit else "restart_limit is 0"
+        why = f"after {limit} restarts within 10 minutes" if limit else "restart_limit is 0 and"
         when = " for now" if record.start_at is not None else ""
-        text = f"rank {record.rank} is not started again{when}: {why}, and was lost: {record.last_fault}"
+        text = f"rank {record.rank} is not started again{when}: {why} it was lost: {record.last_fault}"
         return [Tell(Event("crash_loop", text, record.rank, group=record.group, total=record.restarts))]
 
     def due(self, now: float) -> list[Output]:

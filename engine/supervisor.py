@@ -19,7 +19,7 @@ import time
 
 from drumline.engine.launch.coordinator_keeper import CoordinatorKeeper
 from drumline.engine.launch.order import Order, Report, encode_line, log_to_stderr, read_order, remove_runtime_dir
-from drumline.engine.launch.owned_process import watch_owner
+from drumline.engine.launch.owned_process import has_ended, watch_owner
 from drumline.engine.launch.rank_processes import RankProcesses, rank_processes
 from drumline.engine.launch.roster import Roster
 from drumline.engine.launch.subreaper import become_subreaper, reap_orphans
@@ -29,6 +29,8 @@ from drumline.protocol.messages import Beat, Exited, Kill, Notice, Spawn, Spawne
 log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
+OWNER_S = 0.05
+"""How long a process that dies may be there after its files are closed."""
 GRACE_S = 1.0
 """How long coordinator and workers may take to end by themselves."""
 TERM_S = 0.6
@@ -46,6 +48,7 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._error: ErrorInfo | None = None
+        self._owner_died = False
         self._stopping = False
         self._started = False
         self._roster = Roster()
@@ -61,7 +64,7 @@ class Supervisor:
 
     async def run(self) -> int:
         """Run until the owner is gone or something fatal happens. Returns the exit code: 1 after an error."""
-        watch_owner(self._loop, 0, self._order.owner_pid, lambda: self._end(None))
+        watch_owner(self._loop, 0, self._order.owner_pid, self._owner_gone)
         for number in (signal.SIGTERM, signal.SIGHUP):
             self._loop.add_signal_handler(number, self._end, None)
         beating: asyncio.Task[None] | None = None
@@ -159,6 +162,17 @@ class Supervisor:
             log.error(text)
             self._end(ErrorInfo(kind="engine_closed", text=text))
 
+    def _owner_gone(self) -> None:
+        """Whoever closes the engine lives on and waits. Of one that has died, its end is seen a moment after that of
+        its pipe, and the journal is left as it is: what it holds is for the next engine on its path."""
+        self._loop.call_later(OWNER_S, self._end_as_owner)
+
+    def _end_as_owner(self) -> None:
+        owner = self._order.owner_pid
+        self._owner_died = has_ended(owner)
+        text = f"the app (pid {owner}) is gone"
+        self._end(ErrorInfo(kind="engine_closed", text=text) if self._owner_died else None)
+
     def _end(self, error: ErrorInfo | None) -> None:
         if not self._stop.is_set():
             self._error = error
@@ -171,21 +185,24 @@ class Supervisor:
         coordinator, ranks = self._keeper.process, self._ranks
         self._keeper.say(Stopping(reason="the owner of the engine is gone or closes it", error=self._error))
         if coordinator is not None:
-            # The fatal error must arrive before the lifeline ends, which would end the coordinator without it.
-            if self._error is not None:
+            # The fatal error must arrive before the lifeline ends, which would end the coordinator without it. Of the
+            # end of the app nobody is left to be told.
+            if self._error is not None and not self._owner_died:
                 await coordinator.wait(GRACE_S / 2)
             coordinator.close_lifeline()
             if not await coordinator.wait(GRACE_S):
                 coordinator.signal(signal.SIGTERM)
         if ranks is not None:
-            await self._stop_ranks(ranks)
+            # One that is stuck has not told its ranks.
+            told = coordinator is None or coordinator.exited.is_set()
+            await self._stop_ranks(ranks, told and (self._error is None or self._owner_died))
         if coordinator is not None:
             if not await coordinator.wait(TERM_S / 2):
                 coordinator.signal(signal.SIGKILL)
             await coordinator.wait(KILL_S)
 
-    async def _stop_ranks(self, ranks: RankProcesses) -> None:
-        if self._error is None:
+    async def _stop_ranks(self, ranks: RankProcesses, told: bool) -> None:
+        if told:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GRACE_S / 2):
                     await ranks.no_workers.wait()

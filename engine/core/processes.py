@@ -71,10 +71,10 @@ class Processes:
             return self.due(now) if at <= now else []
         record.crash_looping = True
         record.start_at = record.log.allowed_at(now)
-        text = (
-            f"rank {record.rank} is not started again for now: {self._config.restart_limit} restarts within 10 minutes "
-            f"were of no use, the last process was lost: {record.last_fault}"
-        )
+        limit = self._config.restart_limit
+        why = f"after {limit} restarts within 10 minutes" if limit else "restart_limit is 0 and"
+        when = " for now" if record.start_at is not None else ""
+        text = f"rank {record.rank} is not started again{when}: {why} it was lost: {record.last_fault}"
         return [Tell(Event("crash_loop", text, record.rank, group=record.group, total=record.restarts))]
 
     def due(self, now: float) -> list[Output]:

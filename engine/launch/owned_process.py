@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -155,3 +156,15 @@ def watch_owner(loop: asyncio.AbstractEventLoop, fd: int, owner_pid: int, on_gon
         return
     watched.append(owner)
     loop.add_reader(owner, gone)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether there is no such process, or its parent alone has still to take note of its end."""
+    try:
+        owner = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([owner], [], [], 0.0)[0])
+    finally:
+        os.close(owner)

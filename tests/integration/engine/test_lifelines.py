@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from drumline.engine.config import EngineConfig, ParallelConfig
 from drumline.engine.errors import EngineClosed
+from drumline.engine.sampling_params import SamplingParams
 from tests.integration.engine.processes import (
     files_in,
     marked,
@@ -26,6 +29,8 @@ from tests.integration.engine.processes import (
     workers,
 )
 from tests.integration.engine.test_life import TWO, eight_tokens
+
+UNI = EngineConfig("demo", parallel=ParallelConfig(distributed_executor_backend="uni"))
 
 
 @contextmanager
@@ -59,6 +64,22 @@ def test_a_killed_app_takes_a_serving_engine_with_it(mark: str, runtime_root: Pa
         assert len(workers(mark)) == 2
         kill_app(process)
         wait_all_gone(mark, runtime_root)
+
+
+async def test_the_next_engine_on_the_journal_of_a_killed_app_goes_on_with_its_request(
+    mark: str, runtime_root: Path, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "journal.sqlite")
+    with app("--uni", f"--journal={path}") as process:
+        read_until(process, "token 20")
+        kill_app(process)
+        wait_all_gone(mark, runtime_root)
+    async with running(msgspec.structs.replace(UNI, journal=path)) as engine:
+        tokens: list[int] = []
+        async for output in engine.resume("kept"):
+            tokens += output.token_ids_delta
+        params = SamplingParams(max_tokens=500, temperature=0.8, seed=1, ignore_eos=True)
+        assert tokens == [token async for out in engine.generate("The", params) for token in out.token_ids_delta]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -363,6 +363,13 @@ def test_a_loss_that_is_forgiven_costs_no_restart() -> None:
     assert len(ranks.said(Spawn)) == 3
 
 
+def test_a_rank_that_is_never_started_again_is_not_said_to_have_been() -> None:
+    ranks = opened(restart_limit=0)
+    ranks.kill(1)
+    (text,) = ranks.events("crash_loop")
+    assert text.startswith("rank 1 is not started again: restart_limit is 0 and it was lost: ")
+
+
 def test_a_parked_rank_that_dies_stops_nobody() -> None:
     ranks = opened(Layout(2, 1, 2, enable_expert_parallel=True))
     ranks.slow = {2, 3}

@@ -240,4 +240,5 @@ async def test_closing_while_nothing_can_be_written_tells_all_and_says_that_it_i
             assert done == [1, 2]
     async with opened(path, 2) as (journal, restored):
         assert not journal.whole
-        assert check_prefix(told, restored) == 1
+        # A writer that is late may still get the lock: what it writes then is right, and nobody relies on it.
+        assert check_prefix(told, restored) >= 1

@@ -9,6 +9,7 @@ import click
 
 from drumline.engine.commands.parallel_options import PARALLEL_FIELDS, PARALLEL_OPTIONS, refuse_not_yet
 from drumline.engine.config import DTYPES, CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from drumline.protocol.errors import InvalidConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,6 +48,12 @@ _OPTIONS = [
         help="Spread long prompts over steps; default: on.",
     ),
     click.option(
+        "--journal",
+        metavar="FILE",
+        help="Keep accepted requests and their tokens here; default: in the engine's private folder.",
+    ),
+    click.option("--no-journal", is_flag=True, default=None, help="Keep none."),
+    click.option(
         "--async-scheduling/--no-async-scheduling", default=None, help="Plan a step while one runs; default: on."
     ),
 ]
@@ -59,8 +66,8 @@ _CACHE = (
     "kv_cache_dtype",
 )
 _SCHEDULER = ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "async_scheduling")
-_ENGINE = ("model", "tokenizer", "served_model_name", "dtype", "max_model_len")
-ENGINE_OPTIONS = (*_ENGINE, *PARALLEL_FIELDS, *_CACHE, *_SCHEDULER)
+_ENGINE = ("model", "tokenizer", "served_model_name", "dtype", "max_model_len", "journal")
+ENGINE_OPTIONS = (*_ENGINE, "no_journal", *PARALLEL_FIELDS, *_CACHE, *_SCHEDULER)
 
 
 def engine_options(command: F) -> F:
@@ -76,10 +83,16 @@ def engine_config(flags: dict[str, Any], seed: int | None) -> EngineConfig:
     def given(names: tuple[str, ...]) -> dict[str, Any]:
         return {name: flags[name] for name in names if flags[name] is not None}
 
-    seeds: dict[str, Any] = {} if seed is None else {"seed": seed}
+    if flags["no_journal"] and flags["journal"] is not None:
+        raise InvalidConfig(
+            "no_journal", f"--journal {flags['journal']} beside it", "one of --journal and --no-journal"
+        )
+    more: dict[str, Any] = {} if seed is None else {"seed": seed}
+    if flags["no_journal"]:
+        more["journal"] = "off"
     return EngineConfig(
         **given(_ENGINE),
-        **seeds,
+        **more,
         parallel=ParallelConfig(**given(PARALLEL_FIELDS)),
         cache=CacheConfig(**given(_CACHE)),
         scheduler=SchedulerConfig(**given(_SCHEDULER)),

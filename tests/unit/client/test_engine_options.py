@@ -126,3 +126,11 @@ def test_a_flag_of_vllms_that_is_not_there_yet_is_refused_by_name(name: str, com
         assert (done.exit_code, done.stdout) == (2, "")
         assert f"{name} is not in this version; {ParallelConfig.not_yet[name]}" in done.stderr
     assert flag not in CliRunner().invoke(main, [command, "--help"]).stdout
+
+
+def test_the_journal_has_a_file_or_is_left_out() -> None:
+    assert parsed("--journal", "/x/j.sqlite").journal == "/x/j.sqlite"
+    assert parsed("--no-journal").journal == "off"
+    with pytest.raises(InvalidConfig) as caught:
+        parsed("--no-journal", "--journal", "/x/j.sqlite")
+    assert caught.value.field == "no_journal"

@@ -189,7 +189,7 @@ async def test_classes_beside_the_app_are_found_by_the_ranks(tmp_path: Path, mon
     [
         ("worker_cls", "nowhere_at_all.Mine", "No module named 'nowhere_at_all'"),
         ("worker_cls", EXTENSION, "which is no Worker"),
-        ("worker_extension_cls", f"{__name__}.Shadowed", "which defines _runner"),
+        ("worker_extension_cls", f"{__name__}.Shadowed", "which defines _epoch"),
     ],
 )
 async def test_a_class_that_cannot_be_a_rank_fails_the_start(field: str, named: str, said: str) -> None:
@@ -203,4 +203,4 @@ async def test_a_class_that_cannot_be_a_rank_fails_the_start(field: str, named: 
 
 
 class Shadowed:
-    _runner = 1
+    _epoch = 1

@@ -25,7 +25,7 @@ def test_every_kind_and_point_is_on_the_page(name: str) -> None:
 
 
 def test_the_scenario_on_the_page_is_one() -> None:
-    start = PAGE.index('Scenario("two at once"')
-    source = PAGE[start : PAGE.index("\n))\n", start) + 3]
+    start = PAGE.rindex("Scenario(", 0, PAGE.index('"two at once"'))
+    source = PAGE[start : PAGE.index("\n)\n", start) + 2]
     scenario = eval(source, {"Scenario": Scenario, "ScheduledFault": ScheduledFault})
     assert [fault.kind for fault in scenario.faults] == ["kill", "stop", "coordinator"]

@@ -20,6 +20,7 @@ from drumline.protocol.messages import (
     Beat,
     Call,
     FromWorkerSide,
+    Injected,
     Notice,
     Shutdown,
     Stopping,
@@ -83,7 +84,8 @@ class WorkerPort:
 
     def _take(self, peer: bytes, message: FromWorkerSide) -> None:
         now = self._now()
-        self.injections.seen(message)
+        if isinstance(message, Injected) and peer in self.membership.peers:
+            self.injections.seen(message)
         serve = self.coordination.from_workers(peer, message, now)
         self._changed(now, serve)
 

@@ -29,7 +29,7 @@ from drumline.engine.core.members import (
     Refusals,
 )
 from drumline.engine.core.processes import Processes
-from drumline.engine.core.rank_messages import RankMessages
+from drumline.engine.core.rank_messages import RankMessages, injected
 from drumline.engine.core.restarts import FIRST_PAUSE_S, LONGEST_PAUSE_S, Restarts
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
@@ -39,6 +39,7 @@ from drumline.protocol.messages import (
     FromWorker,
     HelloSupervisor,
     HelloWorker,
+    Injected,
     Spawned,
     StepDone,
 )
@@ -217,6 +218,8 @@ class Membership:
             return self.worker_hello(peer, message, now)
         record = self._sender(peer, message.rank)
         if record is None:
+            if isinstance(message, Injected) and peer in self._processes.former:
+                return self._said(injected(message), now)
             return self._said([], now)
         record.heard_at = now
         return self._said(self._heard.hear(record, message, now), now)

@@ -35,6 +35,12 @@ from drumline.protocol.messages import (
 _OfEpoch = StoreReady | Ready | StepDone | CallResult | Left
 
 
+def injected(message: Injected) -> list[Output]:
+    """A rank brings a fault upon itself. Its end may be known before this is read."""
+    text = f"rank {message.rank}: injected fault {message.number}: {message.text}"
+    return [Tell(Event("injected", text, message.rank, message.number, incarnation=message.incarnation))]
+
+
 class RankMessages:
     """Messages of processes that are the present one of their rank."""
 
@@ -68,8 +74,7 @@ class RankMessages:
         if isinstance(message, Fault):
             return self._fault(record, message, now)
         if isinstance(message, Injected):
-            text = f"rank {record.rank}: injected fault {message.number}: {message.text}"
-            return [Tell(Event("injected", text, record.rank, message.number, incarnation=message.incarnation))]
+            return injected(message)
         if isinstance(message, Loaded):
             return self._loaded(record, message, now)
         if isinstance(message, HelloWorker | StepDone | CallResult) or not self.current(record, message):

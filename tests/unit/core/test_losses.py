@@ -15,6 +15,7 @@ from drumline.protocol.messages import (
     Configure,
     Exited,
     Fault,
+    Injected,
     Kill,
     Leave,
     OpenStore,
@@ -213,6 +214,17 @@ def test_a_sleeper_that_wakes_is_told_once_that_its_place_is_taken() -> None:
     assert ranks.membership.receive(sleeper.peer, beat, 3.1) == []
     assert not ranks.membership.accepts(sleeper.peer, StepDone(5, 1, 1, 0, EMPTY, EMPTY))
     assert ranks.membership.refusals.fenced == 3
+
+
+def test_what_a_rank_said_of_its_own_end_is_told_though_the_end_was_known_before() -> None:
+    ranks = opened()
+    victim = ranks.kill(1)
+    assert ranks.events("injected") == []
+    ranks.pump(ranks.membership.receive(victim.peer, Injected(5, 1, victim.incarnation, 7, "kill at decode"), 3.0))
+    assert ranks.events("injected") == ["rank 1: injected fault 7: kill at decode"]
+    ranks.forget()
+    ranks.pump(ranks.membership.receive(b"stranger", Injected(5, 1, victim.incarnation, 8, "kill at decode"), 3.1))
+    assert ranks.events("injected") == []
 
 
 def test_a_reply_of_a_sleeper_is_answered_at_the_next_occasion() -> None:

@@ -28,9 +28,14 @@ def show_report(report: ChaosReport, console: Console) -> None:
     )
     console.print(_recoveries(report))
     console.print(_holdings(report.at_start, report.at_end))
-    for title, lines in (("failures", report.failures), ("faults that were not seen to happen", report.not_seen)):
+    not_seen = sum(count.not_seen for count in report.faults.values())
+    failed = report.lost + report.duplicated + report.wrong
+    for title, number, lines in (
+        ("failures", failed, report.failures),
+        ("faults that were not seen to happen", not_seen, report.not_seen),
+    ):
         if lines:
-            _say(console, f"{title}, {len(lines)}:")
+            _say(console, f"{title}, {number}, such as:" if number > _SHOWN else f"{title}, {number}:")
             for line in lines[:_SHOWN]:
                 _say(console, f"  {line}")
 

@@ -15,6 +15,7 @@ from drumline.protocol.errors import DrumlineError
 from drumline.protocol.messages import Event, Injection, MessageFault
 
 KEPT_EVENTS = 4096
+ATTEMPTS = 5
 
 
 @dataclass(slots=True)
@@ -75,12 +76,17 @@ class Orders:
     async def send(
         self, injections: tuple[Injection, ...] = (), messages: tuple[MessageFault, ...] = (), full_disk: int = -1
     ) -> None:
-        """Give an order. Raises InjectionFailed when the engine does not take it."""
-        connection, _ = self._engine._require_ready()
-        try:
-            await connection.inject_faults(injections, messages, full_disk=full_disk)
-        except DrumlineError as error:
-            raise InjectionFailed(f"the engine did not take the order: {error.text}") from error
+        """Give an order, again if the coordinator is lost before it has answered: orders have numbers, and what was
+        done to the messages of a coordinator ended with it. Raises InjectionFailed when the engine does not take it."""
+        for attempt in range(ATTEMPTS):
+            try:
+                connection, _ = self._engine._require_ready()
+                await connection.inject_faults(injections, messages, full_disk=full_disk)
+            except DrumlineError as error:
+                if not error.retryable or attempt == ATTEMPTS - 1:
+                    raise InjectionFailed(f"the engine did not take the order: {error.text}") from error
+            else:
+                return
 
     async def injected(self, injection: Injection) -> Event:
         """Have a rank do ``injection``; returns the event in which it says that it does. An order that is given up is

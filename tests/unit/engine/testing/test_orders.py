@@ -11,7 +11,7 @@ import pytest
 from drumline.engine.client import AsyncEngine
 from drumline.engine.testing.orders import Events, Orders
 from drumline.engine.testing.records import InjectionFailed
-from drumline.protocol.errors import InvalidRequest
+from drumline.protocol.errors import InvalidRequest, RequestFailed
 from drumline.protocol.messages import Event, Injection
 
 
@@ -22,10 +22,11 @@ def named(kind: str) -> Any:
 class Engine:
     """Takes orders, and has them happen when told to."""
 
-    def __init__(self, refusal: Exception | None = None) -> None:
+    def __init__(self, refusal: Exception | None = None, refusals: int = 1 << 30) -> None:
         self.orders: list[tuple[Injection, ...]] = []
         self.ordered = asyncio.Event()
         self._refusal = refusal
+        self._refusals = refusals
 
     def _require_ready(self) -> tuple[Engine, None]:
         return self, None
@@ -33,7 +34,8 @@ class Engine:
     async def inject_faults(
         self, injections: Sequence[Injection], messages: Sequence[object], *, full_disk: int
     ) -> None:
-        if self._refusal is not None:
+        if self._refusal is not None and self._refusals > 0:
+            self._refusals -= 1
             raise self._refusal
         self.orders.append(tuple(injections))
         self.ordered.set()
@@ -89,3 +91,12 @@ async def test_a_refused_order_is_a_fault_that_did_not_happen() -> None:
     engine = Engine(InvalidRequest("fault_injection", False, "an engine made with fault_injection=True"))
     with pytest.raises(InjectionFailed, match="did not take the order: fault_injection"):
         await orders(engine, Events()).injected(Injection(1, 1, "kill"))
+
+
+async def test_an_order_whose_coordinator_was_lost_is_given_to_the_next() -> None:
+    engine = Engine(RequestFailed("the coordinator was lost before it answered"), refusals=2)
+    await orders(engine, Events()).send((Injection(1, 1, "kill"),))
+    assert engine.orders == [(Injection(1, 1, "kill"),)]
+    engine = Engine(RequestFailed("the coordinator was lost before it answered"))
+    with pytest.raises(InjectionFailed, match="was lost before it answered"):
+        await orders(engine, Events()).send((Injection(1, 1, "kill"),))

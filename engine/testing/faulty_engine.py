@@ -133,7 +133,8 @@ class FaultyEngine:
         return await rank_faults.fail_in_step(self._injector, "raise", rank, "step" if step is None else step)
 
     async def nan_logits(self, rank: int, step: int | None = None) -> InjectedFault:
-        """The logits of the first row are NaN in the rank's next step, or from ``step`` on; the engine has told so."""
+        """The logits of the first row are NaN in the rank's next step, or from ``step`` on; the engine has told so. The
+        rank must be one that samples: the first of an attention replica, in its last stage."""
         return await rank_faults.fail_in_step(self._injector, "nan", rank, "step" if step is None else step)
 
     # -- messages between the coordinator and ranks

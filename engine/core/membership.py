@@ -30,7 +30,7 @@ from drumline.engine.core.members import (
 )
 from drumline.engine.core.processes import Processes
 from drumline.engine.core.rank_messages import RankMessages, injected
-from drumline.engine.core.restarts import FIRST_PAUSE_S, LONGEST_PAUSE_S, Restarts
+from drumline.engine.core.restarts import FIRST_PAUSE_S, LONGEST_PAUSE_S, PROVEN_STEPS, Restarts
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
     PROTOCOL_VERSION,
@@ -229,6 +229,8 @@ class Membership:
         record = self.ranks[rank]
         record.replied = step
         record.executed += 1
+        if record.executed == PROVEN_STEPS:
+            record.log.proved()
 
     def drained(self, group: int, now: float) -> list[Output]:
         """No step of the group is in flight: the epoch that is planned may begin."""

@@ -18,6 +18,24 @@ def test_the_first_comes_at_once_and_pauses_double() -> None:
     assert pauses == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
 
 
+def test_after_a_process_that_has_proved_itself_the_next_comes_at_once() -> None:
+    restarts = Restarts(10)
+    for _ in range(4):
+        restarts.started(100.0)
+    restarts.proved()
+    assert restarts.next_start(100.0) == 100.0
+    restarts.started(100.0)
+    assert restarts.next_start(100.0) == 100.0 + FIRST_PAUSE_S
+
+
+def test_a_rank_that_proves_itself_is_still_bound_by_the_limit() -> None:
+    restarts = Restarts(2)
+    for _ in range(2):
+        restarts.started(100.0)
+        restarts.proved()
+    assert restarts.next_start(101.0) is None
+
+
 def test_there_are_no_more_than_the_limit_until_the_window_allows_one() -> None:
     restarts = Restarts(2)
     for now in (10.0, 20.0):

@@ -20,6 +20,7 @@ from drumline.protocol.messages import (
     Beat,
     Call,
     FromWorkerSide,
+    HelloWorker,
     Injected,
     Notice,
     Shutdown,
@@ -86,6 +87,9 @@ class WorkerPort:
         now = self._now()
         if isinstance(message, Injected) and peer in self.membership.peers:
             self.injections.seen(message)
+        if isinstance(message, HelloWorker) and self.launch is not None:
+            # Whoever starts a rank again at once must not find the place of the old process taken.
+            self._probe_external_ranks(now)
         serve = self.coordination.from_workers(peer, message, now)
         self._changed(now, serve)
 

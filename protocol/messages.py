@@ -389,7 +389,8 @@ class BeatWorker(Message, frozen=True, tag=26):
     """Progress: the step that runs or ran last, how many collectives it has entered, whether it is inside one.
 
     ``load_done`` and ``load_total`` are bytes of weights, while the rank loads. ``lease_s``: how long the step that
-    runs may take from now on, whatever recent ones took; 0.0: no longer than those.
+    runs may take from now on, whatever recent ones took; 0.0: no longer than those. It counts while the rank is not
+    ``inside`` a collective, where it waits for others.
     """
 
     term: int

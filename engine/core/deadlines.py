@@ -31,7 +31,8 @@ class Late:
 
 
 class Deadlines:
-    """``gathers_until``: how long ranks that lived already are waited for."""
+    """``gathers_until``: how long ranks that lived already are waited for. ``starting``: the engine was never ready, so
+    that no stream stands still while an epoch forms."""
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class Deadlines:
         self._started_at = now
         self.owner_heard_at = now
         self.gathers_until = float("inf")
+        self.starting = True
         self._gathered = False
 
     @property
@@ -140,11 +142,15 @@ class Deadlines:
         return group.stage in (GroupStage.LEAVING, GroupStage.OPENING_STORE, GroupStage.FORMING)
 
     def _stage_due_at(self, group: GroupRecord) -> float:
-        since = group.since
-        if group.stage is GroupStage.FORMING:
-            # Experts are read while it forms; who makes progress is not late.
-            since = max([since, *(self._ranks[rank].progress_at for rank in group.waiting)])
-        return since + group.limit_s
+        if group.stage is not GroupStage.FORMING:
+            return group.since + group.limit_s
+        records = [self._ranks[rank] for rank in group.waiting]
+        # Experts are read while it forms; who makes progress is not late.
+        due = max([group.since, *(record.progress_at for record in records)]) + group.limit_s
+        if self.starting:
+            return due
+        # Who does not even beat will not come, and the others and their streams stand still for it.
+        return min([due, *(max(group.since, record.heard_at) + UNHEARD_S for record in records)])
 
     def _stage(self, group: GroupRecord, now: float) -> Late | None:
         if not self._is_waiting(group) or now < self._stage_due_at(group):
@@ -156,7 +162,7 @@ class Deadlines:
         if group.stage is GroupStage.OPENING_STORE:
             host = self._ranks[group.members[0]]
             return self._late([host], f"has not opened the store of epoch {group.epoch} within {waited}")
-        text = f"has not met the others for epoch {group.epoch} within {waited}"
+        text = f"has not met the others for epoch {group.epoch} within {min(now - group.since, group.limit_s):.1f} s"
         return self._late(self._to_blame(group, now), text, of_start=True)
 
     def _to_blame(self, group: GroupRecord, now: float) -> list[RankRecord]:

@@ -101,9 +101,11 @@ class RankMessages:
         if progress != (record.step, record.collective, record.inside):
             record.step, record.collective, record.inside = progress
             record.progress_at = now
-        if beat.lease_s > 0 or record.leased:
-            record.leased = beat.lease_s > 0
-            outputs.append(Leased(record.rank, group.id, beat.step, beat.lease_s))
+        # Inside a collective it waits for others, whose time is not its own to lengthen.
+        lease_s = 0.0 if beat.inside else beat.lease_s
+        if lease_s > 0 or record.leased:
+            record.leased = lease_s > 0
+            outputs.append(Leased(record.rank, group.id, beat.step, lease_s))
         return outputs
 
     def _fault(self, record: RankRecord, message: Fault, now: float) -> list[Output]:

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from drumline.engine.config import EngineConfig
 from drumline.engine.testing import FaultyEngine
@@ -26,11 +27,12 @@ from tests.faults.hostile_soak import hostile
 from tests.faults.matrix import LAYOUTS, POINTS, dense, run
 from tests.faults.streams import Streams
 from tests.faults.test_coordinator_killed import kill_coordinators, kill_rank_and_coordinator
-from tests.faults.test_stopped import TWO, sleep_through
+from tests.faults.test_stopped import TWO, sleep_after_a_death, sleep_idle, sleep_through
 
 Phase = Callable[[random.Random, float], Coroutine[None, None, None]]
 COORDINATORS = 20
 ASLEEP_S = 20.0
+AFTER_A_DEATH = ("regroup", "joining", "loading")
 RANKS = {"dp4-ep": 4, "tp2-dp2-ep": 4, "pp2-dp2-ep": 4, "tp2-dp2": 4}
 LEAST_S = 20.0
 """Of each layout: its engine starts, and one fault happens."""
@@ -67,19 +69,31 @@ async def kills(rng: random.Random, seconds: float) -> None:
 
 
 async def stops(rng: random.Random, seconds: float) -> None:
-    """Ranks that sleep, at points that come by themselves."""
+    """Ranks that sleep: now, at every point that comes by itself, and at those that another death brings about."""
     more = until(time.monotonic() + seconds)
     async with FaultyEngine(TWO) as faulty:
         streams = await Streams.learned(faulty.engine)
+        for rank in range(2):
+            if more():
+                await _report_sleep(rank, "idle", sleep_idle(faulty, streams, rank, ASLEEP_S))
+        points = [
+            (rank, at) for rank in range(2) for at in (None, "prefill", "decode", "regroup", "joining", "loading")
+        ]
+        rng.shuffle(points)
         async with streams.running():
             await streams.move_on()
-            points = [(rank, at) for rank in range(2) for at in (None, "prefill", "decode")]
-            rng.shuffle(points)
             for rank, at in points:
-                if more():
-                    took = await sleep_through(faulty, streams, rank, ASLEEP_S, at)
-                    assert took < ASLEEP_S / 2, f"streams stood still for {took:.1f} s"
+                if not more():
+                    break
+                sleep = sleep_after_a_death if at in AFTER_A_DEATH else sleep_through
+                await _report_sleep(rank, at, sleep(faulty, streams, rank, ASLEEP_S, at))
         print("\n" + streams.report("stopped"))
+
+
+async def _report_sleep(rank: int, at: str | None, sleep: Coroutine[Any, Any, float]) -> None:
+    took = await sleep
+    print(f"rank {rank} stopped for {ASLEEP_S:.0f} s at {at or 'any moment'}: all streams moved on after {took:.2f} s")
+    assert took < ASLEEP_S / 2, f"streams stood still for {took:.1f} s"
 
 
 async def coordinators(rng: random.Random, seconds: float) -> None:

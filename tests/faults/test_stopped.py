@@ -51,6 +51,36 @@ async def sleep_through(faulty: FaultyEngine, streams: Streams, rank: int, secon
     return took
 
 
+async def sleep_idle(faulty: FaultyEngine, streams: Streams, rank: int, seconds: float) -> float:
+    """Stop ``rank`` while nothing runs; returns how soon streams that come then had moved on."""
+    before = (await faulty.engine.status()).ranks[rank]
+    stopped = await faulty.pause(rank, seconds, at="idle")
+    async with streams.running():
+        streams.fault("stopped")
+        await streams.move_on()
+        took = time.monotonic() - stopped.at
+        await faulty.until_whole()
+    assert not is_alive(before.pid), "the sleeper was left alive"
+    return took
+
+
+async def sleep_after_a_death(
+    faulty: FaultyEngine, streams: Streams, rank: int, seconds: float, at: str | None
+) -> float:
+    """Stop ``rank`` at a point that a death brings about: the other rank's for a regroup, its own for the life of its
+    replacement. Returns how soon all streams had moved on."""
+    order = asyncio.create_task(faulty.pause(rank, seconds, at=at))
+    await asyncio.sleep(0.05)
+    await faulty.kill(1 - rank if at == "regroup" else rank)
+    stopped = await order
+    streams.fault("stopped")
+    await streams.move_on()
+    took = time.monotonic() - stopped.at
+    await faulty.until_whole()
+    assert not is_alive(stopped.pid), "the sleeper was left alive"
+    return took
+
+
 @pytest.mark.parametrize(("rank", "at"), [(0, "decode"), (1, None)])
 async def test_streams_go_on_at_the_deadline_of_a_stopped_rank(mark: str, rank: int, at: str | None) -> None:
     async with FaultyEngine(TWO) as faulty:

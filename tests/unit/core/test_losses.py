@@ -254,9 +254,19 @@ def test_of_ranks_that_do_not_meet_the_one_that_is_not_heard_is_lost() -> None:
     ranks.processes[2].mute = {Configure}
     ranks.processes[3].mute = {Configure}
     ranks.fault(0)
-    ranks.wait(9.9, beating=[0, 1, 3])
+    ranks.wait(2.9, beating=[0, 1, 3])
     assert not ranks.said(Kill)
     ranks.wait(0.2, beating=[0, 1, 3])
+    assert kinds(ranks) == [(0, "exception"), (2, "wedged")]
+
+
+def test_of_ranks_that_do_not_meet_and_are_heard_one_is_lost_when_their_time_is_over() -> None:
+    ranks = opened(FOUR)
+    ranks.processes[2].mute = {Configure}
+    ranks.fault(0)
+    ranks.wait(9.9)
+    assert not ranks.said(Kill)
+    ranks.wait(0.2)
     assert kinds(ranks) == [(0, "exception"), (2, "wedged")]
 
 

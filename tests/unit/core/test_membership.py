@@ -328,9 +328,17 @@ def test_a_process_that_was_told_of_too_late_is_killed() -> None:
 
 def test_a_lease_is_passed_on_until_it_is_given_back() -> None:
     ranks = FakeRanks().start()
-    assert ranks.say(0, BeatWorker(5, 1, 0, 3, 1, True, lease_s=30.0)) == [Leased(0, 0, 3, 30.0)]
+    assert ranks.say(0, BeatWorker(5, 1, 0, 3, 1, False, lease_s=30.0)) == [Leased(0, 0, 3, 30.0)]
     assert ranks.say(0, BeatWorker(5, 1, 0, 3, 2, True)) == [Leased(0, 0, 3, 0.0)]
     assert ranks.say(0, BeatWorker(5, 1, 0, 4, 2, True)) == []
+
+
+def test_a_rank_that_waits_for_others_does_not_lengthen_their_time() -> None:
+    ranks = FakeRanks().start()
+    assert ranks.say(0, BeatWorker(5, 1, 0, 3, 1, False, lease_s=30.0)) == [Leased(0, 0, 3, 30.0)]
+    assert ranks.say(0, BeatWorker(5, 1, 0, 3, 2, True, lease_s=29.0)) == [Leased(0, 0, 3, 0.0)]
+    assert ranks.say(0, BeatWorker(5, 1, 0, 3, 2, True, lease_s=28.0)) == []
+    assert ranks.say(0, BeatWorker(5, 1, 0, 3, 2, False, lease_s=27.0)) == [Leased(0, 0, 3, 27.0)]
 
 
 def test_a_fault_of_a_start_that_only_misses_a_peer_begins_the_next_epoch() -> None:

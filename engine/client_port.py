@@ -80,7 +80,7 @@ class ServingEngine(Protocol):
         """Tell a client how far the engine is."""
 
     def client_left(self, connection: ClientConnection, now: float) -> None:
-        """A client is gone: its requests are to be cancelled."""
+        """A client is gone: its requests are to be cancelled, or to go on without it for a while."""
 
     def changed(self, now: float) -> None:
         """Work arrived or was taken away: plan and send what there is."""

@@ -125,7 +125,7 @@ class FaultyEngine:
         return await rank_faults.go_on_badly(self._injector, "slow", rank, point, seconds, factor)
 
     async def hang(self, rank: int, at: int | str | None = None) -> InjectedFault:
-        """The rank's main thread hangs for good; its control thread answers."""
+        """The rank's main thread hangs for good, with ``at`` None in its next step; its control thread answers."""
         return await rank_faults.go_on_badly(self._injector, "hang", rank, "step" if at is None else at)
 
     async def crash_in_step(self, rank: int, step: int | None = None) -> InjectedFault:

@@ -6,8 +6,9 @@ package too, start without the client library and the tokenizer.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from drumline.engine.lazy import lazy_names
 
 if TYPE_CHECKING:
     from drumline.engine.client import AsyncEngine
@@ -28,26 +29,18 @@ __all__ = [
     "SchedulerConfig",
 ]
 
-_HOMES = {
-    "AsyncEngine": "client",
-    "CacheConfig": "config",
-    "EngineConfig": "config",
-    "FaultConfig": "config",
-    "ParallelConfig": "config",
-    "SchedulerConfig": "config",
-    "Logprob": "outputs",
-    "RankReply": "outputs",
-    "RequestOutput": "outputs",
-    "SamplingParams": "sampling_params",
-}
-
-
-def __getattr__(name: str) -> object:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "AsyncEngine": "client",
+        "CacheConfig": "config",
+        "EngineConfig": "config",
+        "FaultConfig": "config",
+        "ParallelConfig": "config",
+        "SchedulerConfig": "config",
+        "Logprob": "outputs",
+        "RankReply": "outputs",
+        "RequestOutput": "outputs",
+        "SamplingParams": "sampling_params",
+    },
+)

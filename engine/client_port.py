@@ -80,7 +80,7 @@ class ServingEngine(Protocol):
         """Tell a client how far the engine is."""
 
     def client_left(self, connection: ClientConnection, now: float) -> None:
-        """A client is gone: its requests are to be cancelled."""
+        """A client is gone: its requests are to be cancelled, or to go on without it for a while."""
 
     def changed(self, now: float) -> None:
         """Work arrived or was taken away: plan and send what there is."""
@@ -142,10 +142,8 @@ class ClientPort:
         if isinstance(message, Submit):
             self._submit(connection, message, now)
         elif isinstance(message, Ack):
-            core = self._engine.core
             for request_id in self.connections.ack(connection, message.frame):
-                if core is not None:
-                    core.forget(request_id)
+                self._forget(request_id)
         elif isinstance(message, BeatClient):
             connection.beats = True
         elif isinstance(message, Stop | Cancel | Resume):
@@ -177,7 +175,7 @@ class ClientPort:
         # What was told before keeps its place.
         self.deliver(core)
         answer = core.submit(connection.number, message, now)
-        self._push(core, [], lambda: self._answer_submit(connection, answer))
+        self._push(core, lambda: self._answer_submit(connection, answer))
         self._engine.changed(now)
 
     def _answer_submit(self, connection: ClientConnection, answer: Accepted | Rejected) -> None:
@@ -218,7 +216,7 @@ class ClientPort:
             if self.connections.resumed(connection, answer):
                 self._forget(message.request_id)
 
-        self._push(core, [], send)
+        self._push(core, send)
 
     def _forget(self, request_id: str) -> None:
         core = self._engine.core
@@ -232,8 +230,8 @@ class ClientPort:
         if outputs or notes is not None:
             self._engine.keeping.push(notes, outputs, lambda: self._send_outputs(outputs))
 
-    def _push(self, core: EngineCore, outputs: list[ConnectionOutput], send: Callable[[], None]) -> None:
-        self._engine.keeping.push(core.take_notes(), outputs, send)
+    def _push(self, core: EngineCore, send: Callable[[], None]) -> None:
+        self._engine.keeping.push(core.take_notes(), [], send)
 
     def _send_outputs(self, outputs: list[ConnectionOutput]) -> None:
         for output in outputs:
@@ -260,7 +258,7 @@ class ClientPort:
                 if connection is not None:
                     self.connections.reply(connection, Failed(request_id, error))
 
-        self._push(core, [], send)
+        self._push(core, send)
 
     def tick(self, now: float) -> None:
         """Clients that fell silent or went away, and replies that wait for room."""

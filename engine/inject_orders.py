@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from drumline.engine.core.coordination import Coordination
-from drumline.engine.injections import TAKEN_BACK
 from drumline.engine.keeping import Keeping
 from drumline.engine.worker_port import WorkerPort
 from drumline.protocol.errors import ErrorInfo, InvalidRequest
+from drumline.protocol.fault_names import DIRECTIONS, MESSAGE_KINDS, POINTS, RANK_KINDS, TAKEN_BACK
 from drumline.protocol.messages import FaultsInjected, InjectFaults
 
-KINDS = ("kill", "stop", "exit", "segv", "raise", "nan", "hang", "slow", TAKEN_BACK)
-POINTS = ("now", "loading", "leave", "regroup", "joining", "idle", "step", "prefill", "decode")
-MESSAGE_KINDS = ("drop", "delay", "duplicate", "corrupt")
-DIRECTIONS = ("to_worker", "from_worker", "both")
+KINDS = (*RANK_KINDS, TAKEN_BACK)
 
 
 class InjectOrders:

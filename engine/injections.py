@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from drumline.protocol.messages import FromWorkerSide, Inject, Injected, Injection, ToWorker, WelcomeWorker
-
-TAKEN_BACK = "none"
+from drumline.protocol.fault_names import TAKEN_BACK
+from drumline.protocol.messages import Inject, Injected, Injection, ToWorker, WelcomeWorker
 
 
 class Injections:
@@ -31,10 +30,9 @@ class Injections:
         """Forget those that have not come to pass."""
         self._pending.clear()
 
-    def seen(self, message: FromWorkerSide) -> None:
+    def seen(self, message: Injected) -> None:
         """A rank says that one happens now."""
-        if isinstance(message, Injected):
-            self._pending.pop(message.number, None)
+        self._pending.pop(message.number, None)
 
     def of(self, rank: int) -> tuple[Injection, ...]:
         """What ``rank`` has yet to do."""

@@ -7,8 +7,7 @@ from drumline.engine.launch.external import ExternalLaunch
 from drumline.engine.launch.order import Order
 from drumline.engine.resolve import ResolvedConfig
 from drumline.protocol.shards import layer_split
-
-_BYTES = {"float32": 4, "bfloat16": 2}
+from drumline.protocol.weights import DTYPE_BYTES
 
 
 def membership_config(
@@ -54,6 +53,6 @@ def _slot_bytes(resolved: ResolvedConfig) -> tuple[int, ...]:
     stages = range(resolved.layout.pipeline_parallel_size)
     if moe is None:
         return tuple(0 for _ in stages)
-    one = 3 * spec.hidden_size * moe.moe_intermediate_size * _BYTES[resolved.worker.dtype]
+    one = 3 * spec.hidden_size * moe.moe_intermediate_size * DTYPE_BYTES[resolved.worker.dtype]
     of_layer = _stages(resolved)
     return tuple(one * of_layer.count(stage) for stage in stages)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from drumline.protocol.fault_names import MESSAGE_KINDS
 from drumline.protocol.messages import FromWorkerSide, MessageFault, ToWorker
 from drumline.protocol.sockets import Router, SendResult
 
@@ -46,7 +47,7 @@ class FaultRules:
     messages each of the last numbered ones has met."""
 
     rules: list[Rule] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("drop", "delay", "duplicate", "corrupt"), 0))
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MESSAGE_KINDS, 0))
     met: dict[int, int] = field(default_factory=dict)
 
     def add(self, faults: tuple[MessageFault, ...], now: float) -> None:

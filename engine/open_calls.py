@@ -67,8 +67,8 @@ class OpenCalls:
             self.reject(call_id, error)
 
     def repeat(self, now: float) -> list[FromClient]:
-        """Another coordinator is there: what to say to it, submissions left out. What it must not be told a second
-        time fails; the same again may succeed."""
+        """Another coordinator is there: what to say to it; submissions and cancels are said by those who hold the
+        requests. What it must not be told a second time fails; the same again may succeed."""
         again: list[FromClient] = []
         for call_id, call in list(self._open.items()):
             if call.sent_at is None or isinstance(call.message, REPEATABLE):

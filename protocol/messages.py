@@ -703,7 +703,7 @@ class StatusReport(Message, frozen=True, tag=77):
 class Event(Message, frozen=True, tag=78):
     """Something worth telling. ``kind``:
 
-    starting, waiting (for ranks that somebody else starts), loading, ready, warning, closing: the life of the engine;
+    starting, waiting (for ranks that somebody else starts), loading, ready, warning: the life of the engine;
     fault: a rank is lost or has failed, ``fault`` says how (exit, wedged, unreachable, exception, numeric, peer_lost,
     protocol) and ``evidence`` how that is known; regroup: the ranks of ``group`` come together anew as ``epoch``;
     recovered: they compute again, ``seconds`` after the fault; respawn: a process is started for ``rank``; parked: it

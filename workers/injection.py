@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from drumline.protocol.fault_names import POINTS, RANK_KINDS
 from drumline.protocol.messages import Injection, Step
 
 log = logging.getLogger(__name__)
@@ -24,8 +25,6 @@ IDLE_S = 0.2
 """How long an open epoch has had no step at the point ``idle``."""
 PROCESS_KINDS = ("kill", "stop", "exit", "segv")
 """What can befall the process while the main thread is anywhere."""
-KINDS = (*PROCESS_KINDS, "raise", "nan", "hang", "slow")
-POINTS = ("now", "loading", "leave", "regroup", "joining", "idle", "step", "prefill", "decode")
 EXIT_INJECTED = 1
 _SLICE_S = 0.02
 
@@ -50,7 +49,7 @@ class Injections:
         again: the order may have crossed with the news."""
         with self._lock:
             fresh = [one for one in injections if one.rank == self._rank and one.number not in self._done]
-            known = [one for one in fresh if one.kind in KINDS and one.point in POINTS]
+            known = [one for one in fresh if one.kind in RANK_KINDS and one.point in POINTS]
             self.refused += len(fresh) - len(known)
             self._waiting = tuple(_placed(one) for one in known)
             self.armed = bool(known)

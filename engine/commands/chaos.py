@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from typing import Any
@@ -90,25 +91,22 @@ def _quiet(progress: StartProgress) -> Any:
 
 
 async def _run(run: Chaos, progress: StartProgress, console: Console) -> ChaosReport:
-    progress.__enter__()
     shown = asyncio.Event()
+    with contextlib.ExitStack() as starting:
+        starting.enter_context(progress)
 
-    def ready() -> None:
-        progress.__exit__(None, None, None)
-        shown.set()
+        def ready() -> None:
+            starting.close()
+            shown.set()
 
-    working = asyncio.create_task(run.run(ready))
-    showing = asyncio.create_task(_show(run, shown, console))
-    try:
-        return await working
-    except BaseException as error:
-        if not shown.is_set():
-            progress.__exit__(type(error), error, None)
-        raise
-    finally:
-        showing.cancel()
-        working.cancel()
-        await asyncio.gather(showing, working, return_exceptions=True)
+        working = asyncio.create_task(run.run(ready))
+        showing = asyncio.create_task(_show(run, shown, console))
+        try:
+            return await working
+        finally:
+            showing.cancel()
+            working.cancel()
+            await asyncio.gather(showing, working, return_exceptions=True)
 
 
 async def _show(run: Chaos, started: asyncio.Event, console: Console) -> None:

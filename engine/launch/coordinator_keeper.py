@@ -19,7 +19,7 @@ import msgspec
 import zmq
 
 from drumline.engine.launch.order import MAX_LINE_BYTES, Order, encode_line, read_report
-from drumline.engine.launch.owned_process import OwnedProcess
+from drumline.engine.launch.owned_process import OwnedProcess, how_ended
 from drumline.engine.launch.restart_limit import RestartLimit
 from drumline.engine.launch.roster import Roster
 from drumline.protocol.codec import Codec
@@ -193,8 +193,7 @@ class CoordinatorKeeper:
         if life.error is not None:
             self._on_end(life.error)
             return
-        how = f"signal {number}" if number else f"code {code}"
-        text = f"the coordinator (pid {life.pid}) ended with {how}"
+        text = f"the coordinator (pid {life.pid}) ended with {how_ended(code, number)}"
         now = time.monotonic()
         crashed = number != 0 or (code != 0 and self._was_heard)
         lived_s = now - life.heard_at if life.heard_at is not None else 0.0

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from drumline.engine.launch.forkserver_pipe import MODULE, ForkserverPipe, ForkserverReport
+from drumline.engine.launch.owned_process import how_ended
 from drumline.engine.launch.restart_limit import RestartLimit
 from drumline.engine.launch.subreaper import children, reap, runs_module
 from drumline.engine.launch.watched_workers import WatchedWorkers
@@ -186,8 +187,7 @@ class Forkserver:
         if self._closing:
             return
         self._kill_strays()
-        how = f"signal {number}" if number else f"code {code}"
-        text = f"the forkserver (pid {self._pipe.pid}) ended with {how}"
+        text = f"the forkserver (pid {self._pipe.pid}) ended with {how_ended(code, number)}"
         now = time.monotonic()
         pause = self._restarts.pause(now, lived_s=self._pipe.lived_s(now)) if number or self._pipe.ready else None
         if pause is None:

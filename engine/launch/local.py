@@ -23,7 +23,7 @@ from drumline.engine.launch.order import (
     read_report,
     remove_runtime_dir,
 )
-from drumline.engine.launch.owned_process import OwnedProcess
+from drumline.engine.launch.owned_process import OwnedProcess, how_ended
 from drumline.engine.launch.ports import check_ports, worker_endpoint
 from drumline.engine.resolve import ResolvedConfig, resolve
 from drumline.protocol.endpoints import MAX_IPC_PATH_BYTES
@@ -121,8 +121,8 @@ class LocalEngine:
     def _ended(self, code: int, number: int) -> None:
         error = self._error
         if error is None:
-            how = f"signal {number}" if number else f"code {code}"
-            error = EngineClosed(f"the supervisor (pid {self.supervisor_pid}) ended with {how}").info
+            text = f"the supervisor (pid {self.supervisor_pid}) ended with {how_ended(code, number)}"
+            error = EngineClosed(text).info
         remove_runtime_dir(self.runtime_dir)
         if self._inline is not None:
             self._inline.owner_gone(error)

@@ -158,6 +158,11 @@ def watch_owner(loop: asyncio.AbstractEventLoop, fd: int, owner_pid: int, on_gon
     loop.add_reader(owner, gone)
 
 
+def how_ended(code: int, number: int) -> str:
+    """What ``on_exit`` is told, in words."""
+    return f"signal {number}" if number else f"code {code}"
+
+
 def has_ended(pid: int) -> bool:
     """Whether there is no such process, or its parent alone has still to take note of its end."""
     try:

@@ -8,8 +8,6 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 
-NO_PIDFD = -1
-
 
 class WatchedWorkers:
     """Rank by pid in ``ranks``. ``on_ended(pid)`` is called in the loop when one has ended; it stays here until it is

@@ -5,8 +5,9 @@ Names are imported when they are first used: scenarios alone need nothing but ms
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from drumline.engine.lazy import lazy_names
 
 if TYPE_CHECKING:
     from drumline.engine.testing.equal import Comparison, Sequence, compare
@@ -27,26 +28,18 @@ __all__ = [
     "random_scenario",
 ]
 
-_HOMES = {
-    "Chances": "scenario",
-    "Comparison": "equal",
-    "FaultyEngine": "faulty_engine",
-    "InjectedFault": "records",
-    "InjectionFailed": "records",
-    "Scenario": "scenario",
-    "ScheduledFault": "scenario",
-    "Sequence": "equal",
-    "compare": "equal",
-    "random_scenario": "scenario",
-}
-
-
-def __getattr__(name: str) -> object:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Chances": "scenario",
+        "Comparison": "equal",
+        "FaultyEngine": "faulty_engine",
+        "InjectedFault": "records",
+        "InjectionFailed": "records",
+        "Scenario": "scenario",
+        "ScheduledFault": "scenario",
+        "Sequence": "equal",
+        "compare": "equal",
+        "random_scenario": "scenario",
+    },
+)

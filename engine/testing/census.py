@@ -8,12 +8,13 @@ from pathlib import Path
 
 import msgspec
 
+from drumline.engine.launch import coordinator_keeper, forkserver_pipe
 from drumline.engine.testing.processes import command, family, name
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _ROLES = {
-    "coordinator": "drumline.engine.launch.coordinator",
-    "forkserver": "drumline.workers.forkserver",
+    "coordinator": coordinator_keeper.MODULE,
+    "forkserver": forkserver_pipe.MODULE,
     "supervisor": "drumline.engine.supervisor",
 }
 
@@ -49,13 +50,14 @@ def take_census(supervisor_pid: int) -> Census:
     """Of this process and the family of the supervisor, at this moment."""
     roles = {"app": _holding(os.getpid())}
     for pid in family(supervisor_pid):
-        role = _role(pid)
+        role = role_of(pid)
         roles[role] = roles.get(role, Holding()) + _holding(pid)
     shared = Path("/dev/shm")
     return Census(dict(sorted(roles.items())), len(list(shared.iterdir())) if shared.is_dir() else 0)
 
 
-def _role(pid: int) -> str:
+def role_of(pid: int) -> str:
+    """What a process of an engine is, as in :class:`Census`."""
     if name(pid).startswith("drumline:r"):
         return "ranks"
     line = command(pid)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from drumline.engine.sampling_params import SamplingParams
+from drumline.engine.testing.census import role_of
 from drumline.engine.testing.injector import Injector, with_process
-from drumline.engine.testing.processes import Process, command, family, name
+from drumline.engine.testing.processes import Process, family
 from drumline.engine.testing.records import InjectedFault, InjectionFailed
+from drumline.protocol.errors import DrumlineError
 from drumline.protocol.messages import MessageFault
 from drumline.protocol.status import EngineStatus
 
-FORKSERVER = "drumline.workers.forkserver"
-LOST_S = 5.0
-
 
 async def messages(injector: Injector, fault: MessageFault, kind: str = "") -> InjectedFault:
-    """Something happens to messages from now on; returns once it has happened to one. ``kind``: how it is recorded."""
+    """Something happens to messages from now on, under a number of its own; returns once it has happened to one.
+    ``kind``: how it is recorded."""
     kind = kind or fault.kind
+    fault = msgspec.structs.replace(fault, number=injector.orders.next_number())
     status = await injector.status()
     ranks = {one.rank for one in status.ranks}
     for rank in fault.ranks:
@@ -50,7 +53,7 @@ async def kill_coordinator(injector: Injector) -> InjectedFault:
 async def pause_coordinator(injector: Injector, seconds: float) -> InjectedFault:
     """SIGSTOP, and SIGCONT after ``seconds``."""
     process = _coordinator(injector, await injector.status())
-    await injector.stop(process, seconds)
+    await injector.stop(process, process.stop(), seconds)
     return injector.note("stopped_coordinator", "all its threads are in state T", pid=process.pid)
 
 
@@ -63,7 +66,7 @@ def _coordinator(injector: Injector, status: EngineStatus) -> Process:
 async def kill_forkserver(injector: Injector) -> InjectedFault:
     """SIGKILL of the process that starts the ranks."""
     supervisor = (await injector.status()).supervisor.pid
-    found = [pid for pid in family(supervisor) if FORKSERVER in command(pid) and not name(pid).startswith("drumline:r")]
+    found = [pid for pid in family(supervisor) if role_of(pid) == "forkserver"]
     if not found:
         raise InjectionFailed(f"the supervisor (pid {supervisor}) has started no forkserver")
     process = Process(found[0], "the forkserver")
@@ -89,5 +92,8 @@ async def free_disk(injector: Injector) -> None:
 
 async def _one_token(injector: Injector) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
-    async for _ in injector.engine.generate([1], params):
-        pass
+    try:
+        async for _ in injector.engine.generate([1], params):
+            pass
+    except DrumlineError as error:
+        raise InjectionFailed(f"full_disk: the token that was asked for did not come: {error}") from error

@@ -125,7 +125,7 @@ class FaultyEngine:
         return await rank_faults.go_on_badly(self._injector, "slow", rank, point, seconds, factor)
 
     async def hang(self, rank: int, at: int | str | None = None) -> InjectedFault:
-        """The rank's main thread hangs for good; its control thread answers."""
+        """The rank's main thread hangs for good, with ``at`` None in its next step; its control thread answers."""
         return await rank_faults.go_on_badly(self._injector, "hang", rank, "step" if at is None else at)
 
     async def crash_in_step(self, rank: int, step: int | None = None) -> InjectedFault:
@@ -155,7 +155,9 @@ class FaultyEngine:
         ``direction``: to_worker, from_worker or both; for ``lasting_s`` seconds (0.0: until the end) and at most
         ``times`` messages (0: any number). Returns once one has been lost.
         """
-        return await self._messages("drop", messages, ranks, direction, probability, seed, lasting_s, times)
+        names, some = tuple(messages), tuple(ranks)
+        fault = MessageFault("drop", direction, names, some, probability, seed, 0.0, lasting_s, times)
+        return await engine_faults.messages(self._injector, fault)
 
     async def delay(
         self,
@@ -170,7 +172,9 @@ class FaultyEngine:
         times: int = 0,
     ) -> InjectedFault:
         """Messages come ``by_s`` seconds later, and so perhaps after others. See :meth:`drop`."""
-        return await self._messages("delay", messages, ranks, direction, probability, seed, lasting_s, times, by_s)
+        names, some = tuple(messages), tuple(ranks)
+        fault = MessageFault("delay", direction, names, some, probability, seed, by_s, lasting_s, times)
+        return await engine_faults.messages(self._injector, fault)
 
     async def duplicate(
         self,
@@ -184,7 +188,9 @@ class FaultyEngine:
         times: int = 0,
     ) -> InjectedFault:
         """Messages come twice. See :meth:`drop`."""
-        return await self._messages("duplicate", messages, ranks, direction, probability, seed, lasting_s, times)
+        names, some = tuple(messages), tuple(ranks)
+        fault = MessageFault("duplicate", direction, names, some, probability, seed, 0.0, lasting_s, times)
+        return await engine_faults.messages(self._injector, fault)
 
     async def corrupt(
         self,
@@ -198,30 +204,14 @@ class FaultyEngine:
         times: int = 0,
     ) -> InjectedFault:
         """Messages do not decode where they arrive, and are counted as malformed there. See :meth:`drop`."""
-        return await self._messages("corrupt", messages, ranks, direction, probability, seed, lasting_s, times)
+        names, some = tuple(messages), tuple(ranks)
+        fault = MessageFault("corrupt", direction, names, some, probability, seed, 0.0, lasting_s, times)
+        return await engine_faults.messages(self._injector, fault)
 
     async def partition(self, ranks: Sequence[int], seconds: float) -> InjectedFault:
         """Nothing passes between the coordinator and ``ranks`` for ``seconds``; they still reach one another."""
-        number = self._injector.orders.next_number()
-        fault = MessageFault("drop", ranks=tuple(ranks), lasting_s=seconds, number=number)
+        fault = MessageFault("drop", ranks=tuple(ranks), lasting_s=seconds)
         return await engine_faults.messages(self._injector, fault, "partition")
-
-    async def _messages(
-        self,
-        kind: str,
-        messages: Sequence[str],
-        ranks: Sequence[int],
-        direction: str,
-        probability: float,
-        seed: int,
-        lasting_s: float,
-        times: int,
-        by_s: float = 0.0,
-    ) -> InjectedFault:
-        number = self._injector.orders.next_number()
-        names, some = tuple(messages), tuple(ranks)
-        fault = MessageFault(kind, direction, names, some, probability, seed, by_s, lasting_s, times, number)
-        return await engine_faults.messages(self._injector, fault)
 
     # -- the rest of the engine
 

@@ -109,13 +109,15 @@ class Injector:
 
     # ---------------------------------------------------------------------------------------------- stopped processes
 
-    async def stop(self, process: Process, seconds: float) -> None:
-        """Stop a process now, and wake it after ``seconds`` if it is still there."""
-        await process.stop()
-        self.wake_later(process, seconds)
-
-    def wake_later(self, process: Process, seconds: float) -> None:
-        """Wake a stopped process after ``seconds``."""
+    async def stop(self, process: Process, stopping: Awaitable[None], seconds: float) -> None:
+        """Do ``stopping``, after which the process stands still, and wake it after ``seconds`` if it is still there.
+        One that is not seen to stop is woken and let go of at once."""
+        try:
+            await stopping
+        except BaseException:
+            process.wake()
+            process.close()
+            raise
 
         async def wake() -> None:
             try:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from drumline.engine.client import AsyncEngine
-from drumline.engine.injections import TAKEN_BACK
 from drumline.engine.testing.records import InjectionFailed
 from drumline.protocol.errors import DrumlineError
+from drumline.protocol.fault_names import TAKEN_BACK
 from drumline.protocol.messages import Event, Injection, MessageFault
 
 KEPT_EVENTS = 4096

@@ -32,14 +32,13 @@ async def pause(injector: Injector, rank: int, seconds: float, at: int | str | N
     """SIGSTOP, and SIGCONT after ``seconds``."""
     if at is None:
         process, _ = await injector.process(rank)
-        await injector.stop(process, seconds)
+        await injector.stop(process, process.stop(), seconds)
         return injector.note("stop", "all its threads are in state T", rank=rank, pid=process.pid)
     pid, _, point, step = await _itself(injector, "stop", rank, at)
     if not pid:
         raise InjectionFailed(f"rank {rank} stopped itself at {point!r}, but the status has lost its pid")
     process = Process(pid, f"rank {rank}")
-    await process.until(lambda: process.state == "T", GONE_S, "did not stop")
-    injector.wake_later(process, seconds)
+    await injector.stop(process, process.until(lambda: process.state == "T", GONE_S, "did not stop"), seconds)
     return injector.note("stop", "all its threads are in state T", rank=rank, pid=pid, point=point, step=step)
 
 

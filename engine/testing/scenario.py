@@ -6,15 +6,17 @@ import random
 
 import msgspec
 
-RANK_KINDS = ("kill", "stop", "exit", "segv", "raise", "nan", "hang", "slow")
+from drumline.protocol import fault_names
+
+RANK_KINDS = fault_names.RANK_KINDS
 """What befalls a rank, at a point. ``stop`` is SIGSTOP for ``seconds``; ``slow`` lasts as long, ``factor`` times as
 slow."""
-MESSAGE_KINDS = ("drop", "delay", "duplicate", "corrupt")
+MESSAGE_KINDS = fault_names.MESSAGE_KINDS
 """What befalls messages between the coordinator and ranks; ``rank`` -1 means all of them."""
 OTHER_KINDS = ("coordinator", "stopped_coordinator", "full_disk", "partition", "forkserver")
 """The coordinator is killed, or stopped for ``seconds``; the journal's disk is full, or ``rank`` cut off, for as long;
 what starts the ranks is killed."""
-POINTS = ("now", "loading", "leave", "regroup", "joining", "idle", "step", "prefill", "decode")
+POINTS = fault_names.POINTS
 FROM_INSIDE = ("exit", "segv", "raise", "nan")
 """What looks as if a request had caused it."""
 

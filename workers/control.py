@@ -55,6 +55,8 @@ EXIT_OWNER_GONE = 3
 EXIT_TERMINATED = 143  # what a shell makes of SIGTERM
 _STDERR = 2
 _NOT_ADMITTED = "is not admitted"
+_BEGIN_EPOCHS = (Leave, OpenStore, Configure)
+_MAY_WAIT = (Step, Configure)
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -70,7 +72,9 @@ class Control:
         self.abort = AbortFlag()
         self.inbox = Inbox(self.abort)
         self.progress = Progress()
-        self.outbox = Outbox(lambda message: self._connection.send(message))
+        self._registration = Registration(identity, endpoint, token_file, time.monotonic())
+        self._connection = self._registration.connection
+        self.outbox = Outbox(self._connection.send)
         self.faults = ControlFaults(self)
         self._lifeline = lifeline
         self._signals = signals
@@ -78,8 +82,6 @@ class Control:
         if is_pipe(_STDERR):
             self._watched.append(_STDERR)
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
-        self._registration = Registration(identity, endpoint, token_file, time.monotonic())
-        self._connection = self._registration.connection
         self._beats = Beats()
         self._config_known = threading.Event()
         self._exit_at: float | None = None
@@ -220,16 +222,15 @@ class Control:
         elif isinstance(message, Load):
             self._take_load(message)
         else:
-            newest = self._registration.newest
             if isinstance(message, Shutdown):
                 self._tell_why(message.reason)
                 self._exit_at = time.monotonic() + SHUTDOWN_GRACE_S
                 self.abort.abort_all(f"shutdown {message.reason}".rstrip())
                 self._config_known.set()
-            elif isinstance(message, Leave | OpenStore | Configure) and (message.term, message.epoch) > newest:
+            elif isinstance(message, _BEGIN_EPOCHS) and (message.term, message.epoch) > self._registration.newest:
                 newest = self._registration.newest = (message.term, message.epoch)
                 self.abort.abort_before(*newest, f"epoch {newest} begins")
-            if isinstance(message, Step | Configure):
+            if isinstance(message, _MAY_WAIT):
                 self._beats.work_comes(time.monotonic())
             self._hand_over(message)
 

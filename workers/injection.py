@@ -1,6 +1,6 @@
 """Faults that a rank brings upon itself because a test orders them.
 
-Nothing here is reached unless the engine was made with ``fault_injection``. Before a fault takes effect the coordinator
+Nothing is ordered unless the engine was made with ``fault_injection``. Before a fault takes effect the coordinator
 is told so with Injected: the control thread sends it, and the main thread waits until it has.
 """
 

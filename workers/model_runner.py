@@ -47,9 +47,7 @@ class ModelRunner:
         self.device = device
         self.layout = layout
         self.rank = rank
-        self.shards = rank_shards(layout, spec, rank)
-        self.place = ReplicaPlace.of(layout, rank, lockstep=spec.is_moe)
-        self.num_replicas = layout.num_replicas if spec.is_moe else layout.attention_data_parallel_size
+        self._take_place(layout, rank)
         self._model: Decoder | None = None
         self._cache: KVCache | None = None
         self._batch: BatchTable | None = None
@@ -129,11 +127,14 @@ class ModelRunner:
         self.experts.refit(epoch, placement, slots, fetches, transfer, check)
         if epoch.parked:
             return
-        layout, lockstep = epoch.layout, self.spec.is_moe
-        self.place = ReplicaPlace.of(layout, epoch.rank, lockstep=lockstep)
-        self.num_replicas = layout.num_replicas if lockstep else layout.attention_data_parallel_size
-        self.shards = rank_shards(layout, self.spec, epoch.rank)
+        self._take_place(epoch.layout, epoch.rank)
         self._in_place = True
+
+    def _take_place(self, layout: Layout, rank: int) -> None:
+        lockstep = self.spec.is_moe
+        self.shards = rank_shards(layout, self.spec, rank)
+        self.place = ReplicaPlace.of(layout, rank, lockstep=lockstep)
+        self.num_replicas = layout.num_replicas if lockstep else layout.attention_data_parallel_size
 
     def meet(self, groups: StepGroups) -> None:
         """Compute with the ranks of ``groups`` from the next step on."""

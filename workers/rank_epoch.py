@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from drumline.protocol.errors import ProtocolError
-from drumline.protocol.layout import slots_per_rank
 from drumline.protocol.messages import Configure, Member, OpenStore, StoreReady, WorkerConfig
 from drumline.protocol.stateless import open_store
 from drumline.workers.control import Control
@@ -66,9 +65,10 @@ class RankEpoch:
         self._control.progress.begin_forming()
         begins()
         runner.reset()
-        transfer = self._transfer_group(message, config, runner)
+        placement = np.array(message.placement, dtype=np.int32)
+        moving = runner.experts.moving_ranks(place, placement, message.slots, message.fetches)
+        transfer = self._transfer_group(message, config, runner, moving)
         try:
-            placement = np.array(message.placement, dtype=np.int32)
             runner.refit(place, placement, message.slots, message.fetches, transfer, self.check)
             self._form_groups(message, config, runner, place)
         finally:
@@ -89,13 +89,14 @@ class RankEpoch:
             me = f"{self._me.rank}/{self._me.incarnation}"
             raise ProtocolError(f"{me} is no member of the epoch; members: {members}")
 
-    def _transfer_group(self, message: Configure, config: WorkerConfig, runner: ModelRunner) -> GroupCoordinator | None:
-        """The ranks that give experts to each other, None when this one neither gives nor gets any.
+    def _transfer_group(
+        self, message: Configure, config: WorkerConfig, runner: ModelRunner, moving: frozenset[int]
+    ) -> GroupCoordinator | None:
+        """The ranks that give experts to each other, ``moving``; None when this one neither gives nor gets any.
 
         Each stage moves its own layers, so the ranks of one stage meet apart from those of others.
         """
         stage = config.layout.coordinates(self._me.rank).pp_rank
-        moving = _moving_ranks(message, config, runner, self._me.rank)
         if self._me.rank not in moving:
             return None
         strangers = moving - {member.rank for member in (*message.members, *message.parked)}
@@ -144,24 +145,3 @@ class RankEpoch:
         if self.groups is not None:
             self.groups.close()
             self.groups = None
-
-
-def _moving_ranks(message: Configure, config: WorkerConfig, runner: ModelRunner, me: int) -> set[int]:
-    """The ranks of the stage of rank ``me`` that give experts to others or get some from others."""
-    if not len(message.fetches):
-        return set()
-    world = config.layout
-    stage = world.coordinates(me).pp_rank
-    first, end = runner.shards.layers
-    own_layers = [i for i, layer in enumerate(runner.spec.moe_layers) if first <= layer < end]
-    receivers = [member.rank for member in message.members if world.coordinates(member.rank).pp_rank == stage]
-    slots = message.slots.tolist() or slots_per_rank(message.placement.shape[1], len(receivers))
-    bounds = np.cumsum(slots)
-    moving: set[int] = set()
-    for layer, slot, source, _ in message.fetches.tolist():
-        if layer not in own_layers or source < 0:
-            continue
-        receiver = receivers[int(np.searchsorted(bounds, slot, side="right"))]
-        if receiver != source:
-            moving |= {receiver, source}
-    return moving

@@ -211,7 +211,7 @@ class Worker:
 
     @remote
     def expert_load(self) -> list[list[int]]:
-        """Tokens computed by each expert slot of this rank, (moe_layers, slots), since it was loaded."""
+        """Tokens computed by each expert slot of this rank since its expert came, (MoE layers of the stage, slots)."""
         return self._loaded().expert_load.tolist()
 
     def _call(self, call: Call) -> None:

@@ -87,6 +87,15 @@ class RankExperts:
             held[layer.number, : layer.num_slots] = layer.held
         return held
 
+    def moving_ranks(self, epoch: EpochPlace, placement: I32Matrix, slots: I32, fetches: I32Matrix) -> frozenset[int]:
+        """The ranks of this stage that give each other experts; arguments and errors as of :meth:`refit`."""
+        if not self.whole or not len(fetches):
+            return frozenset()
+        here = {layer.number for layer in self.layers}
+        moves = self._moves(epoch, self._maps(epoch, placement, slots), fetches)
+        travel = [move for move in moves if move.number in here and move.source not in (CHECKPOINT, move.target)]
+        return frozenset(rank for move in travel for rank in (move.source, move.target))
+
     def refit(
         self,
         epoch: EpochPlace,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ import msgspec
 from drumline.protocol.codec import config_digest
 from drumline.protocol.messages import Call, CallResult, Shutdown, StepDone, WorkerConfig
 from drumline.protocol.placement import initial_placement
-from tests.integration.workers.processes import CoordinatorEnd, ForkServerProcess, admission, step, worker_config
+from tests.integration.workers.processes import (
+    DEADLINE_S,
+    CoordinatorEnd,
+    ForkServerProcess,
+    admission,
+    step,
+    worker_config,
+)
 
 MOE_LAYERS, EXPERTS = 3, 8
 PROMPT = [11, 7, 200, 31, 5, 90, 44]
@@ -88,8 +96,9 @@ async def ping(coordinator: CoordinatorEnd, call_id: int = 77) -> dict[str, Any]
 
 
 async def until_inside_collective(coordinator: CoordinatorEnd) -> None:
-    while not (await ping(coordinator))["inside"]:
-        pass
+    async with asyncio.timeout(DEADLINE_S):
+        while not (await ping(coordinator))["inside"]:
+            pass
 
 
 async def stats_of(coordinator: CoordinatorEnd, epoch: int = 1, term: int = 1) -> dict[str, Any]:

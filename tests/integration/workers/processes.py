@@ -56,7 +56,7 @@ def i32(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
 
 
 class ForkServerProcess:
-    """A real forkserver, and the write end of its lifeline. With ``shared_lifeline`` the write end is another's."""
+    """A real forkserver, and the write end of its lifeline."""
 
     def __init__(self, stderr: Path) -> None:
         read_end, self.lifeline = os.pipe()

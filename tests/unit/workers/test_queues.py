@@ -49,6 +49,14 @@ class Sink:
         return True
 
 
+def await_entries(box: Outbox, count: int) -> None:
+    """Until another thread has put so many."""
+    deadline = time.monotonic() + 10.0
+    while len(box) < count:
+        assert time.monotonic() < deadline, f"{len(box)} of {count}"
+        time.sleep(0.001)
+
+
 def test_orders_of_an_epoch_that_was_overtaken_are_passed_by_and_counted() -> None:
     abort = AbortFlag()
     inbox = Inbox(abort)
@@ -114,8 +122,7 @@ def test_what_is_dropped_counts_as_answered_and_frees_who_waits_for_it(monkeypat
     box.drain()
     waits = threading.Thread(target=box.put_and_flush, args=(done(0),))
     waits.start()
-    while len(box) < 3:
-        time.sleep(0.001)
+    await_entries(box, 3)
     start = time.monotonic()
     box.drop()
     waits.join(10.0)
@@ -131,8 +138,7 @@ def test_who_flushes_waits_until_it_is_sent_and_not_for_long() -> None:
     assert 0.2 <= time.monotonic() - start < 5.0
     waits = threading.Thread(target=box.put_and_flush, args=(done(1),))
     waits.start()
-    while len(box) < 4:
-        time.sleep(0.001)
+    await_entries(box, 4)
     box.drain()
     waits.join(5.0)
     assert sink.sent == [done(0), done(1)]

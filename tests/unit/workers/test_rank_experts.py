@@ -144,6 +144,16 @@ def test_a_parked_rank_gives_what_others_need_and_keeps_what_it_has(world: Threa
     check_truth(parked, whole)
 
 
+def test_ranks_of_one_stage_that_give_each_other_experts_meet_and_no_others(checkpoints: Checkpoints) -> None:
+    world = ThreadWorld(checkpoints("qwen3-moe"), pipeline_parallel_size=2, **EP2)
+    for parked, stages in ((), ([], [])), ((2, 3), ([0, 2], [1, 3])):
+        plan = world.planned((0, 1), parked)
+        assert len(plan[2])
+        for rank in (0, 1, *parked):
+            place = EpochPlace.of(world.layout, (0, 1), rank)
+            assert sorted(world.runners[rank].experts.moving_ranks(place, *plan)) == stages[rank % 2]
+
+
 # --------------------------------------------------------------------------------------------- what ends in the middle
 
 
@@ -208,18 +218,21 @@ def test_channels_that_are_cut_anew_in_some_layers_only_are_cut_right_by_the_nex
     world = ThreadWorld(checkpoints("qwen3-moe"), **OFF2)
     needed = calls(world, world.runners[0])
     plan = world.planned((0,))
+    recut = set()
     for allowed in range(1, needed, 9):
         world.start(0)
         runner = world.runners[0]
         before = cut(runner)
         with pytest.raises(EpochAborted):
             alone(world, Limit(allowed))
+        recut.add(sum(one.shape != other.shape for one, other in zip(cut(runner), before, strict=True)) // 2)
         # Back to where it came from, although some layers have all channels by now.
         runner.refit(EpochPlace.of(world.layout, (0, 1), 0), *plan, None, nothing_new)
         assert all(torch.equal(one, other) for one, other in zip(cut(runner), before, strict=True))
         alone(world, nothing_new)
         assert all(torch.equal(one, other) for one, other in zip(cut(runner), cut(whole), strict=True))
         assert not any(layer.sharded for layer in runner.model.moe_layers)
+    assert recut == set(range(LAYERS))
 
 
 def cut(runner: ModelRunner) -> list[Tensor]:

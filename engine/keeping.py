@@ -22,8 +22,9 @@ class Keeping:
     """``restored``: the requests that an earlier coordinator had accepted and not ended for good. ``knows_all``:
     whether that is all there are: not without a journal, or after one that missed something.
 
-    ``on_state`` is told in the loop when the journal's state changes (on, degraded), ``on_superseded`` when another
-    coordinator has taken over. Raises InvalidConfig for a journal that cannot be kept.
+    ``on_state`` is told in the loop when the journal's state changes (on, degraded) or a damaged one was set aside,
+    ``on_superseded`` when another coordinator has taken over. Raises InvalidConfig for a journal that cannot be kept,
+    EngineClosed for one that is another coordinator's, StartFailed when the term cannot be raised.
     """
 
     def __init__(

@@ -206,11 +206,12 @@ class Coordination:
         if core is None:
             return
         while plans := core.plan(now):
+            # One step of one group: what its clock must know is the same for all replicas.
+            first, sent = plans[0]
+            clock = self.clocks[self._group_of[self._ranks_of[first][0]]]
+            tokens = int(sent.num_tokens_across_dp.max())
             for replica, step in plans:
                 ranks = self._ranks_of[replica]
-                clock = self.clocks[self._group_of[ranks[0]]]
-                counts = step.num_tokens_across_dp
-                tokens = int(counts.max()) if len(counts) else 0
                 for rank in ranks:
                     clock.sent(rank, step.step, tokens, now)
                 self._out.append(ToReplica(ranks, step))
@@ -283,7 +284,7 @@ class Coordination:
             self._open(self.core, ready, now)
             return
         # The first time all groups are waited for; who takes over from another coordinator goes on with what there is.
-        if len(self._ready_epochs) < len(self.membership.groups) and not self._takes_over:
+        if len(self._ready_epochs) < len(self.membership.groups) and not self.membership.took_over:
             return
         config = self.config
         core = EngineCore(config.core, self._blocks(), self.term, config.seed, hash_key=config.hash_key)
@@ -293,10 +294,6 @@ class Coordination:
         for one in self._ready_epochs.values():
             self._open(core, one, now)
         self._out.append(Ready())
-
-    @property
-    def _takes_over(self) -> bool:
-        return self.membership.took_over
 
     def _open(self, core: EngineCore, ready: EpochReady, now: float) -> None:
         self.clocks[ready.group].forget()
@@ -320,11 +317,3 @@ class Coordination:
         """What is to be sent and told, in order, and forgets it."""
         out, self._out = self._out, []
         return out
-
-    def failed_to_start(self, error: ErrorInfo) -> bool:
-        """Whether the engine was never ready, so that ``error`` is one of its start."""
-        return self.core is None
-
-    def oldest_step(self, rank: int) -> int:
-        """The oldest step in flight of the rank's group, -1 without one."""
-        return self.clocks[self._group_of[rank]].oldest_step

@@ -18,6 +18,7 @@ from drumline.engine.core.confinement import Confinement, Flags
 from drumline.engine.core.lockstep import LockstepGroup
 from drumline.engine.core.request import Place, Request
 from drumline.engine.core.router import Router
+from drumline.engine.core.waiting import WaitingQueue
 from drumline.protocol.messages import Submit
 
 U64 = np.ndarray[Any, np.dtype[np.uint64]]
@@ -99,7 +100,9 @@ class Dispatch:
         that fits the longest it may become. Those that fit none wait where they are. In the order of their arrival.
         Whether any goes."""
         serving = self._serving()
-        homeless = [request for group in self._groups for request in self._homeless(group)]
+        homeless = self._rowless(
+            group.scheduler.waiting[replica] for group in self._groups for replica in sorted(group.away)
+        )
         homeless += [request for request in self._held.values() if request.rows_held == 0]
         if not homeless:
             return False
@@ -112,14 +115,14 @@ class Dispatch:
         gained = serving & ~self._served
         self._served = serving.copy()
         if gained.any() and not self.confinement:
-            self._settle(self._waiting_without_rows(), serving)
+            self._settle(self._rowless(queue for group in self._groups for queue in group.scheduler.waiting), serving)
         else:
             self.resettle()
 
-    def _waiting_without_rows(self) -> list[Request]:
-        queues = (queue for group in self._groups for queue in group.scheduler.waiting)
+    def _rowless(self, queues: Iterable[WaitingQueue]) -> list[Request]:
+        """Requests that wait in ``queues``, none of whose sequences holds a row."""
         found = dict.fromkeys(sequence.request for queue in queues for sequence in queue.all())
-        return [one for one in found if one.rows_held == 0]
+        return [request for request in found if request.rows_held == 0]
 
     def _settle(self, requests: list[Request], serving: Flags) -> bool:
         requests.sort(key=lambda request: request.sequences[0].arrival)
@@ -155,11 +158,6 @@ class Dispatch:
         waiting, running, unacknowledged = loads
         cached = self._cached(request.prompt, request.prefix)
         return self._router.choose(waiting, running, unacknowledged, allowed, cached).replica
-
-    def _homeless(self, group: LockstepGroup) -> list[Request]:
-        waiting = (one for replica in sorted(group.away) for one in group.scheduler.waiting[replica].all())
-        found = dict.fromkeys(sequence.request for sequence in waiting)
-        return [request for request in found if request.rows_held == 0]
 
     def _move(self, moves: list[tuple[Request, int]]) -> None:
         """The sequences of each request, none of which holds a row, wait for that replica."""

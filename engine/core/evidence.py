@@ -77,9 +77,14 @@ def how_ended(message: Exited) -> str:
     return f"signal {message.signal} ({name})"
 
 
+def end_text(message: Exited) -> str:
+    """Which process ended, and how."""
+    return f"the process of rank {message.rank} (pid {message.pid}) ended with {how_ended(message)}"
+
+
 def exit_error(record: RankRecord, message: Exited, kind: str) -> ErrorInfo:
     """The end of a process as an error, with the last that it printed."""
-    text = f"the process of rank {message.rank} (pid {message.pid}) ended with {how_ended(message)}"
+    text = end_text(message)
     tail = message.stderr_tail.strip()[-TAIL_CHARACTERS:]
     if tail:
         text += f"; its last output: {tail.splitlines()[-1]}"

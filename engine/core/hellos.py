@@ -21,8 +21,8 @@ def same(shown: str, token: str) -> bool:
 
 
 class Hellos:
-    """``took_over``: processes of an earlier coordinator were found. ``misfit(record, text, now)`` says what becomes of
-    a process that cannot be used."""
+    """``took_over``: processes of an earlier coordinator were found. ``misfit(record, error, now)`` says what becomes
+    of a process that cannot be used."""
 
     def __init__(
         self,

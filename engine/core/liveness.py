@@ -12,6 +12,7 @@ runs: its timeout, or 60 s where it is longer, because a call that was given up 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -214,10 +215,8 @@ class GroupClock:
         if not self._open:
             return None
         entry = self._open[0]
-        begins_at = max(entry.begins_at, self._done_at)
-        for call in self._calls.values():
-            if call.behind < entry.step and call.rank in entry.waiting:
-                begins_at = max(begins_at, call.until)
+        # As late as calls under their leases may make it.
+        begins_at = self._begins_at(entry, math.inf)
         return max(begins_at + self.limit_s(entry.tokens), self._leased_until(entry))
 
     def overdue(self, now: float) -> Overdue | None:

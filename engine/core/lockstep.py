@@ -294,6 +294,13 @@ class LockstepGroup:
             return np.concatenate([sequence.tokens, late])
         return np.concatenate([sequence.tokens, self.table.text(sequence_row, len(sequence.tokens))])
 
+    def num_known(self, sequence: Sequence) -> int:
+        """How many :meth:`known_tokens` there are."""
+        row = sequence.row
+        if row < 0 or self.table.status[row] in (DETACHED, LEFT):
+            return len(sequence.tokens) + len(sequence.late)
+        return max(int(self.table.known[row]), len(sequence.tokens))
+
     def unacknowledged(self, replica: int) -> int:
         """Sequences admitted in steps that the replica has not answered."""
         return sum(r.admitted[replica] for r in self.in_flight if r.step > self._acknowledged[replica])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -13,9 +13,9 @@ from drumline.engine.core.evidence import (
     CONSEQUENCES,
     OF_PEERS,
     Complaints,
+    end_text,
     exit_error,
     from_inside,
-    how_ended,
     missed_within_steps,
     out_of_memory,
     own_words,
@@ -132,23 +132,10 @@ class Losses:
         for one in self._unexplained:
             if one.pid == message.pid and one.fault.rank == message.rank:
                 self._unexplained.remove(one)
-                text = f"the process of rank {message.rank} (pid {message.pid}) ended with {how_ended(message)}"
+                text = end_text(message)
                 error = msgspec.structs.replace(one.fault.error, text=text, traceback=message.stderr_tail)
-                fault = one.fault
-                return self._told(
-                    FaultSeen(
-                        fault.rank,
-                        fault.incarnation,
-                        fault.group,
-                        fault.epoch,
-                        fault.step,
-                        "exit",
-                        text,
-                        one.computed and from_inside(message),
-                        (),
-                        error,
-                    )
-                )
+                inside = one.computed and from_inside(message)
+                return self._told(replace(one.fault, kind="exit", evidence=text, inside=inside, error=error))
         return []
 
     def hopeless(self) -> list[Output]:

@@ -300,13 +300,12 @@ class Membership:
             return []
         outputs, self._pending = self._pending + outputs, []
         self._first.over = self._first.over or self.took_over
-        self.epochs.starting = self._deadlines.starting = not self._first.over
         for output in outputs:
             if isinstance(output, Ended):
                 self._ended = True
             elif isinstance(output, EpochReady) and self.all_opened:
                 self._first.over = True
-                self.epochs.starting = self._deadlines.starting = False
+        self.epochs.starting = self._deadlines.starting = not self._first.over
         return outputs
 
     @property

@@ -11,9 +11,7 @@ import numpy as np
 from drumline.engine.core.block_pool import I32
 from drumline.engine.core.results import Emission
 from drumline.protocol.errors import ErrorInfo
-from drumline.protocol.messages import LogprobEntry, StreamEnd
-
-_NONE = np.zeros(0, dtype=np.int32)
+from drumline.protocol.messages import NO_NUMBERS, LogprobEntry, StreamEnd
 
 
 @dataclass(slots=True)
@@ -25,10 +23,10 @@ class ConnectionOutput:
     Connection 0 is nobody: what is told there is for the journal alone."""
 
     connection: int
-    handles: I32 = field(default_factory=lambda: _NONE)
-    positions: I32 = field(default_factory=lambda: _NONE)
-    tokens: I32 = field(default_factory=lambda: _NONE)
-    logprob_index: I32 = field(default_factory=lambda: _NONE)
+    handles: I32 = field(default_factory=lambda: NO_NUMBERS)
+    positions: I32 = field(default_factory=lambda: NO_NUMBERS)
+    tokens: I32 = field(default_factory=lambda: NO_NUMBERS)
+    logprob_index: I32 = field(default_factory=lambda: NO_NUMBERS)
     logprobs: tuple[LogprobEntry, ...] = ()
     ends: list[StreamEnd] = field(default_factory=list)
     cancelled: list[tuple[int, str]] = field(default_factory=list)
@@ -78,7 +76,7 @@ class Outbox:
     def pending(self) -> tuple[dict[int, int], set[int]]:
         """What has not been taken yet: tokens by stream handle, and the handles of streams that have ended."""
         handles = [emission.streams for emission in self._emissions]
-        found, counts = np.unique(np.concatenate(handles), return_counts=True) if handles else (_NONE, _NONE)
+        found, counts = np.unique(np.concatenate(handles), return_counts=True) if handles else (NO_NUMBERS, NO_NUMBERS)
         tokens = dict(zip(found.tolist(), counts.tolist(), strict=True))
         return tokens, {end.handle for _, end in self._ends}
 

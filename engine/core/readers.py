@@ -108,6 +108,6 @@ class Readers:
             raise InvalidRequest("positions", list(positions), f"{len(request.sequences)} positions, one per index")
         group = self._groups[request.group]
         for sequence, position in zip(request.sequences, positions, strict=True):
-            generated = len(group.known_tokens(sequence)) - len(request.prompt)
+            generated = group.num_known(sequence) - len(request.prompt)
             if not 0 <= position <= generated and (position < 0 or sequence.end is None):
                 raise InvalidRequest("positions", position, f"0 to {generated} for index {sequence.index}")

@@ -124,7 +124,7 @@ class RequestBook:
         sequence = request.sequences[msg.index]
         if sequence.place is Place.ENDED:
             return
-        generated = len(self._groups[request.group].known_tokens(sequence)) - len(request.prompt)
+        generated = self._groups[request.group].num_known(sequence) - len(request.prompt)
         if not 0 < msg.num_tokens <= generated:
             self.ignored_stops += 1
             return
@@ -253,7 +253,7 @@ class RequestBook:
             request = self.register.by_id.get(request_id)
             if request is not None and request.unended:
                 group = self._groups[request.group]
-                known = min(len(group.known_tokens(sequence)) for sequence in request.live)
+                known = min(group.num_known(sequence) for sequence in request.live)
                 told[request_id] = known - len(request.prompt)
         return told
 

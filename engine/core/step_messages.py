@@ -11,10 +11,7 @@ from drumline.engine.core.batch_table import BatchTable
 from drumline.engine.core.block_pool import I32, I64, BlockPool
 from drumline.engine.core.plan import Admission, Plan
 from drumline.engine.core.request import Sequence
-from drumline.protocol.messages import Admit, Step
-
-_NONE = np.zeros(0, dtype=np.int32)
-_NONE.setflags(write=False)
+from drumline.protocol.messages import NO_NUMBERS, Admit, Step
 
 
 @dataclass(slots=True)
@@ -35,8 +32,8 @@ class StepMessages:
         self._table = table
         self._pool = pool
         self._first = np.asarray(pool.first)
-        self._rows = _NONE
-        self._blocks = _NONE
+        self._rows = NO_NUMBERS
+        self._blocks = NO_NUMBERS
         self._bounds: list[int] = []
 
     def begin(self, plan: Plan) -> None:
@@ -56,7 +53,7 @@ class StepMessages:
         appended, blocks = self._rows[span], self._blocks[span]
         admissions = plan.admissions.get(replica, ())
         admitted: tuple[Admit, ...] = ()
-        prefill_rows = prefill_counts = _NONE
+        prefill_rows = prefill_counts = NO_NUMBERS
         if restated is not None:
             admitted = tuple(self._restate(replica, sequence) for sequence in restated)
         elif admissions:
@@ -71,7 +68,7 @@ class StepMessages:
             header.wave,
             header.number,
             header.tokens,
-            np.asarray([self._local(row) for row in evicted], dtype=np.int32) if evicted else _NONE,
+            np.asarray([self._local(row) for row in evicted], dtype=np.int32) if evicted else NO_NUMBERS,
             admitted,
             appended,
             blocks,

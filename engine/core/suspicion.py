@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from drumline.engine.core.engine_core import EngineCore
+from drumline.engine.core.losses import NUMERIC
 from drumline.engine.core.members import FaultSeen, Tell
-from drumline.engine.core.quarantine import Quarantine
+from drumline.engine.core.quarantine import MAX_COUNTED, Quarantine
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import Event
 
-NUMERIC = "numeric"
 POISONED = "poisoned"
-MAX_COUNTED = 65536
 
 
 class Suspicion:

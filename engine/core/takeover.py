@@ -4,60 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from drumline.engine.core.config import CoreConfig
 from drumline.engine.core.intake import Intake
 from drumline.engine.core.lockstep import LockstepGroup
-from drumline.engine.core.notes import NotePad
-from drumline.engine.core.outputs import Outbox
-from drumline.engine.core.readers import NOBODY, Readers
-from drumline.engine.core.register import Register
+from drumline.engine.core.readers import NOBODY
 from drumline.engine.core.request import Place, Request, Sequence
 from drumline.engine.core.restored import RestoredRequest
 from drumline.engine.core.results import Emission
 from drumline.protocol.errors import DrumlineError, DuplicateRequest, ErrorInfo, InvalidRequest, QueueFull
-from drumline.protocol.messages import I32, LogprobEntry, Rejected, Resume, Resumed, Submit
+from drumline.protocol.messages import I32, NO_NUMBERS, LogprobEntry, Rejected, Resume, Resumed, Submit
+
+if TYPE_CHECKING:
+    from drumline.engine.core.request_book import RequestBook
 
 DIVERGED = "diverged"
-_NO_TOKENS = np.zeros(0, dtype=np.int32)
 _NO_LOGPROBS = np.zeros(0, dtype=np.float32)
-
-
-class Book(Protocol):
-    """What taking over needs of the book of requests."""
-
-    outbox: Outbox
-    notes: NotePad
-    register: Register
-    readers: Readers
-
-    def check_fields(self, msg: Submit) -> None:
-        """Raises for a submission that cannot be served."""
-
-    @property
-    def waiting(self) -> int:
-        """Sequences that wait for a row."""
-
-    def accept(self, request: Request) -> None:
-        """The request is known, noted, and waits."""
-
-    def enqueue(self, request: Request) -> None:
-        """What has not ended of a request waits."""
-
-    def ended(self, sequence: Sequence, reason: str, stop_token: int, num_tokens: int) -> None:
-        """A sequence that is in no row is over."""
-
-    def fail(self, request_id: str, error: ErrorInfo) -> None:
-        """Ends a request with an error."""
 
 
 class TakeOver:
     """Makes requests with tokens that no step of this core has computed."""
 
-    def __init__(self, book: Book, config: CoreConfig, groups: Ordered[LockstepGroup], intake: Intake) -> None:
+    def __init__(self, book: RequestBook, config: CoreConfig, groups: Ordered[LockstepGroup], intake: Intake) -> None:
         self._book = book
         self._config = config
         self._groups = groups
@@ -127,7 +98,7 @@ class TakeOver:
             if submit is None or submit.request_id != msg.request_id:
                 raise InvalidRequest("submit", "none, or one of another request", "the submission of the request")
             request = self._book.register.by_id.get(msg.request_id)
-            tokens = msg.tokens or (_NO_TOKENS,) * submit.n
+            tokens = msg.tokens or (NO_NUMBERS,) * submit.n
             self._check_tokens(submit, tokens)
             if request is None:
                 self._make(connection, submit, tokens)
@@ -224,7 +195,7 @@ class TakeOver:
 
 
 def _unknown_logprob(token: int) -> LogprobEntry:
-    return LogprobEntry(token, float("nan"), 0, _NO_TOKENS, _NO_LOGPROBS)
+    return LogprobEntry(token, float("nan"), 0, NO_NUMBERS, _NO_LOGPROBS)
 
 
 def _diverged(sequence: Sequence, text: str) -> DrumlineError:

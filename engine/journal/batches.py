@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 
 from drumline.engine.core.notes import Notes
 from drumline.engine.core.outputs import ConnectionOutput
+from drumline.engine.journal.rows import Columns, join_columns
 from drumline.protocol.messages import I32, NO_NUMBERS, LogprobEntry, StreamEnd, Submit
 
 LOGPROB_BYTES = 128
@@ -53,18 +53,11 @@ def make_batch(notes: Notes | None, outputs: Sequence[ConnectionOutput]) -> Batc
     batch = Batch()
     if notes is not None:
         batch.accepted, batch.rehandled, batch.forgotten = notes.accepted, notes.rehandled, notes.forgotten
-    if len(outputs) == 1:
-        one = outputs[0]
-        batch.handles, batch.positions, batch.tokens = one.handles, one.positions, one.tokens
-        batch.logprob_index, batch.logprobs, batch.ends = one.logprob_index, one.logprobs, tuple(one.ends)
-    elif outputs:
-        batch.handles = np.concatenate([one.handles for one in outputs])
-        batch.positions = np.concatenate([one.positions for one in outputs])
-        batch.tokens = np.concatenate([one.tokens for one in outputs])
-        batch.ends = tuple(end for one in outputs for end in one.ends)
-        if any(one.logprobs for one in outputs):
-            starts = np.cumsum([0, *(len(one.tokens) for one in outputs[:-1])], dtype=np.int32)
-            places = [one.logprob_index + start for one, start in zip(outputs, starts, strict=True)]
-            batch.logprob_index = np.concatenate(places)
-            batch.logprobs = tuple(entry for one in outputs for entry in one.logprobs)
+    if outputs:
+        told = join_columns([_columns(one) for one in outputs])
+        batch.handles, batch.positions, batch.tokens, batch.logprob_index, batch.logprobs, batch.ends = told
     return batch
+
+
+def _columns(one: ConnectionOutput) -> Columns:
+    return Columns(one.handles, one.positions, one.tokens, one.logprob_index, one.logprobs, tuple(one.ends))

@@ -72,7 +72,8 @@ class Compaction:
         spans = Spans(requests, [(row.first, row.request) for one in live for row in one.rehandled])
         joined = join_columns([read_step(row) for row in rows])
         keep = spans.of(joined.handles) >= 0
-        ends = tuple(end for end in joined.ends if spans.of(np.asarray([end.handle], dtype=np.int32))[0] >= 0)
+        ending = spans.of(np.asarray([end.handle for end in joined.ends], dtype=np.int32))
+        ends = tuple(end for end, sequence in zip(joined.ends, ending.tolist(), strict=True) if sequence >= 0)
         if not keep.any() and not ends:
             return None
         place = np.cumsum(keep, dtype=np.int32) - 1

@@ -31,6 +31,8 @@ WATCH_S = 0.2
 PATIENCE = 5
 """A batch that has waited for so many looks, 1.0 s, is given up."""
 UNMARK_S = 0.5
+LOCK_S = 0.2
+"""How long the loop waits for the thread to be through with the mark."""
 OPEN_S = 120.0
 CLOSE_S = 2.0
 
@@ -221,9 +223,7 @@ class Journal:
     def _give_up(self, mark: bool) -> None:
         """Nothing is kept from now on. ``mark``: the file still says that it tells all."""
         self._mode = _Mode.DEGRADED
-        with self._writer.lock:
-            self._writer.generation += 1
-        generation = self._writer.generation
+        generation = self._next_generation()
         self._nbytes = 0
         self._writer.put(Probe(generation))
         self._releasing = True
@@ -233,6 +233,16 @@ class Journal:
         # A disk that hangs must not hang this loop: what was given up is told when the mark is gone, or soon anyway.
         threading.Thread(target=self._unmark, args=(generation,), name="drumline-journal-mark", daemon=True).start()
         self._loop.call_later(UNMARK_S, self._release, generation)
+
+    def _next_generation(self) -> int:
+        """Give up what was appended before. Who has the lock for longer is held up by a disk that hangs, which must not
+        hang this loop; a mark that it sets then is taken away by :meth:`_unmark`, which waits for it."""
+        writer = self._writer
+        held = writer.lock.acquire(timeout=LOCK_S)
+        writer.generation += 1
+        if held:
+            writer.lock.release()
+        return writer.generation
 
     def _unmark(self, generation: int) -> None:
         try:
@@ -261,9 +271,7 @@ class Journal:
         if self._mode is not _Mode.DEGRADED or self._releasing:
             return
         self._mode = _Mode.RECOVERING
-        with self._writer.lock:
-            self._writer.generation += 1
-        self._writer.put(Recover(self._writer.generation, snapshot))
+        self._writer.put(Recover(self._next_generation(), snapshot))
 
     def _recovered(self, generation: int) -> None:
         if generation == self._writer.generation and self._mode is _Mode.RECOVERING:
@@ -305,8 +313,7 @@ class Journal:
             self._waiting.clear()
             return
         self._committed()
-        with writer.lock:
-            writer.generation += 1
+        self._next_generation()
         if self._waiting and self._mode is _Mode.ON:
             with contextlib.suppress(OSError):
                 self._book.mark.remove()

@@ -10,6 +10,7 @@ from drumline.engine.core.restored import RestoredRequest
 from drumline.engine.journal.errors import Damaged, Locked, trouble
 from drumline.engine.journal.restoring import restore
 from drumline.engine.journal.rows import (
+    TOTAL_MASK,
     RehandledRow,
     RequestRow,
     StepRow,
@@ -19,8 +20,6 @@ from drumline.engine.journal.rows import (
 )
 from drumline.engine.journal.schema import APPLICATION_ID, VERSION
 from drumline.protocol.errors import InvalidConfig
-
-_MASK = (1 << 62) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +34,7 @@ class Loaded:
 def is_new(connection: sqlite3.Connection, path: str) -> bool:
     """Whether the file is empty. Raises InvalidConfig for one that is something else than a journal of this version,
     Damaged, Locked."""
-    with_trouble = _Reading()
-    with with_trouble:
+    with _Reading():
         application = int(connection.execute("PRAGMA application_id").fetchone()[0])
         version = int(connection.execute("PRAGMA user_version").fetchone()[0])
         tables = {str(name) for (name,) in connection.execute("SELECT name FROM sqlite_master")}
@@ -81,7 +79,7 @@ def load(connection: sqlite3.Connection) -> Loaded:
             step = StepRow(*one)
             steps.append(read_step(step))
             found += step.checksum
-        if found & _MASK != total:
+        if found & TOTAL_MASK != total:
             raise Damaged("its rows do not add up to what its table meta says")
         return Loaded(term, seq, restore(requests, rehandled, steps))
 

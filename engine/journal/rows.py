@@ -26,6 +26,8 @@ _HEAD = struct.Struct("<q6q")
 _NUMBERS = struct.Struct("<2q")
 
 TOKENS_PER_ROW = 1 << 16
+TOTAL_MASK = (1 << 62) - 1
+"""What the sum of all checksums is cut to: SQLite's integers have 64 bits and a sign."""
 
 
 class Columns(NamedTuple):
@@ -160,12 +162,15 @@ def join_columns(parts: list[Columns]) -> Columns:
     """One after the other."""
     if len(parts) == 1:
         return parts[0]
-    starts = np.cumsum([0, *(len(part.tokens) for part in parts[:-1])], dtype=np.int32)
+    index = NO_NUMBERS
+    if any(part.logprobs for part in parts):
+        starts = np.cumsum([0, *(len(part.tokens) for part in parts[:-1])], dtype=np.int32)
+        index = np.concatenate([part.logprob_index + start for part, start in zip(parts, starts, strict=True)])
     return Columns(
         np.concatenate([part.handles for part in parts]),
         np.concatenate([part.positions for part in parts]),
         np.concatenate([part.tokens for part in parts]),
-        np.concatenate([part.logprob_index + start for part, start in zip(parts, starts, strict=True)]),
+        index,
         tuple(entry for part in parts for entry in part.logprobs),
         tuple(end for part in parts for end in part.ends),
     )

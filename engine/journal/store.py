@@ -12,6 +12,7 @@ from drumline.engine.core.restored import RestoredRequest
 from drumline.engine.journal.batches import Batch
 from drumline.engine.journal.errors import Damaged, Superseded, Unwritable, trouble
 from drumline.engine.journal.rows import (
+    TOTAL_MASK,
     Columns,
     RehandledRow,
     RequestRow,
@@ -29,7 +30,6 @@ WAL_BYTES = 4 << 20
 """What the log may grow to before it is moved into the file, when there is a moment for that."""
 NO_PAGE_LIMIT = 0x3FFFFFFE
 FILLER_BYTES = 8192
-_MASK = (1 << 62) - 1
 _INSERT_STEP = "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -206,7 +206,7 @@ class Store:
         return row
 
     def _add(self, checksum: int) -> None:
-        self.total = (self.total + checksum) & _MASK
+        self.total = (self.total + checksum) & TOTAL_MASK
 
     # ---------------------------------------------------------------------------------------------------- compaction
 

@@ -32,7 +32,8 @@ WHOLE_AFTER_S = 600.0
 class Writer:
     """Takes orders from another thread through :meth:`put`; they are carried out one after the other.
 
-    ``generation`` is raised by the owner, who holds ``lock``, whenever what was appended before is given up.
+    ``generation`` is raised by the owner whenever what was appended before is given up. ``lock`` is held while the mark
+    is set or taken away; the owner waits for it, unless the disk hangs.
     ``committed_number``: the number of the last batch that is in the file. ``is_superseded``: it belongs to another.
     """
 

@@ -117,7 +117,7 @@ async def test_a_coordinator_of_an_older_term_is_refused(
     # It turns away, and asks again whoever is there.
     await coordinator.welcome(0, config, term=4)
     stats = await stats_of(coordinator, term=4)
-    assert stats["stale"] == 1
+    assert stats["stale"] in (1, 2)  # its Welcome, and its Load if that was there before it had turned away
     assert not coordinator.holds(Loaded)
     coordinator.send(0, Shutdown(4))
     assert forkserver.expect_exit(pid, 5.0)[:2] == (0, 0)

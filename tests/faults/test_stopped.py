@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 import msgspec
 import pytest
@@ -17,23 +16,16 @@ from tests.faults.matrix import LAYOUTS
 from tests.faults.streams import Streams
 from tests.integration.engine.processes import until
 from tests.integration.engine.recovery import whole
-from tests.integration.engine.test_backends import EXTERNAL, Job, run_with
+from tests.integration.engine.test_backends import EXTERNAL, Job, job, run_with
 from tests.procfs import is_alive, stat
+
+__all__ = ["job"]
 
 DEADLINE_S = 1.5
 ASLEEP_S = 6.0
 FAULTS = FaultConfig(step_deadline_s=DEADLINE_S, restart_limit=1000)
 TWO = msgspec.structs.replace(LAYOUTS["dp2-ep"], faults=FAULTS)
 JOB = msgspec.structs.replace(EXTERNAL, faults=FAULTS)
-
-
-@pytest.fixture
-def job() -> Iterator[Job]:
-    one = Job()
-    yield one
-    for process in one.ranks.values():
-        process.kill()
-        process.wait(5.0)
 
 
 async def sleep_through(faulty: FaultyEngine, streams: Streams, rank: int, seconds: float, at: str | None) -> float:

@@ -71,7 +71,7 @@ class Rest:
         if self.cluster.disk.requests:
             raise RuleBrokenError(f"requests {list(self.cluster.disk.requests)} stay in the journal for ever")
         counters = host.keeping.counters()
-        if counters.get("waiting", 0):
+        if counters["batches_queued"] != counters["batches_committed"]:
             raise RuleBrokenError(f"deliveries wait for ever: {counters}")
         if self.zombies and not self.cluster.crash_loop:
             raise RuleBrokenError(f"{self.zombies} live and their places are taken")

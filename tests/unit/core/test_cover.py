@@ -77,9 +77,13 @@ def test_no_rank_has_two_copies_of_an_expert_while_it_has_no_more_slots_than_the
 
 
 @given(holdings())
-def test_the_same_holdings_give_the_same_placement(case: tuple[list[I32], tuple[int, ...], int]) -> None:
+def test_the_same_holdings_give_the_same_placement_and_stay_what_they_were(
+    case: tuple[list[I32], tuple[int, ...], int],
+) -> None:
     held, slots, experts = case
-    assert (cover(held, slots, experts) == cover(held, slots, experts)).all()
+    before = [has.copy() for has in held]
+    assert (cover(held, slots, experts) == cover(before, slots, experts)).all()
+    assert all((has == had).all() for has, had in zip(held, before, strict=True))
 
 
 def test_spare_slots_get_copies_of_the_experts_with_fewest() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ METHODS = [name for name, _ in inspect.getmembers(FaultyEngine, inspect.iscorout
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"close"}))
 def test_every_method_is_on_the_page(name: str) -> None:
-    assert f"`{name}" in PAGE or f"faulty.{name}(" in PAGE
+    assert re.search(rf"(`|faulty\.){name}[`(]", PAGE)
 
 
 @pytest.mark.parametrize("name", sorted({*RANK_KINDS, *MESSAGE_KINDS, *OTHER_KINDS, *POINTS} - {"now"}))

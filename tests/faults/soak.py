@@ -32,6 +32,8 @@ from tests.faults.test_stopped import TWO, sleep_after_a_death, sleep_idle, slee
 Phase = Callable[[random.Random, float], Coroutine[None, None, None]]
 COORDINATORS = 20
 ASLEEP_S = 20.0
+SILENCE_S = 10.0
+"""A rank not heard for so long is lost, even in the first steps of its process, which may take longer."""
 AFTER_A_DEATH = ("regroup", "joining", "loading")
 RANKS = {"dp4-ep": 4, "tp2-dp2-ep": 4, "pp2-dp2-ep": 4, "tp2-dp2": 4}
 LEAST_S = 20.0
@@ -93,7 +95,7 @@ async def stops(rng: random.Random, seconds: float) -> None:
 async def _report_sleep(rank: int, at: str | None, sleep: Coroutine[Any, Any, float]) -> None:
     took = await sleep
     print(f"rank {rank} stopped for {ASLEEP_S:.0f} s at {at or 'any moment'}: all streams moved on after {took:.2f} s")
-    assert took < ASLEEP_S / 2, f"streams stood still for {took:.1f} s"
+    assert took < SILENCE_S + 1.0, f"streams stood still for {took:.1f} s"
 
 
 async def coordinators(rng: random.Random, seconds: float) -> None:

@@ -33,7 +33,8 @@ I32Matrix: TypeAlias = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 
 NO_NUMBERS: I32 = np.zeros(0, dtype=np.int32)
 NO_FETCHES: I32Matrix = np.zeros((0, 4), dtype=np.int32)
-for _array in (NO_NUMBERS, NO_FETCHES):
+NO_MATRIX: I32Matrix = np.zeros((0, 0), dtype=np.int32)
+for _array in (NO_NUMBERS, NO_FETCHES, NO_MATRIX):
     _array.setflags(write=False)
 
 
@@ -112,6 +113,9 @@ class WorkerConfig(Part, frozen=True):
     lock files in ``runtime_dir``. The first rank that its host starts, ``first_local_rank``, takes device number
     ``first_local_device``, the next ones those that follow. ``coordinator_lease_s``: how long a rank that lost its
     coordinator keeps its weights and waits for the next one; 0: not at all.
+
+    ``enable_eplb``: experts may move between steps, so that there is a staging buffer for each expert slot of a layer,
+    and expert loads are counted. ``load_interval``: steps between two reports of them.
     """
 
     model: str
@@ -145,6 +149,8 @@ class WorkerConfig(Part, frozen=True):
     first_local_rank: int = 0
     first_local_device: int = 0
     coordinator_lease_s: float = 0.0
+    enable_eplb: bool = False
+    load_interval: int = 0
 
     @property
     def layout(self) -> Layout:
@@ -169,7 +175,8 @@ class Injection(Part, frozen=True):
     exception), nan (the logits of the first row), hang (the main thread, for good), slow (every step from then on takes
     ``factor`` times as long, for ``seconds``), none (takes back the one with this number). ``point``: now, loading,
     leave (coming out of the old epoch), regroup (while an epoch forms), joining (the same, in the first epoch of a
-    process), idle, step, prefill, decode. ``step``: the first step of its epoch that it may happen in, -1 for any.
+    process), idle, step, prefill, decode, staging (a part of an expert has just been started on its way), commit (a
+    layer has just got its new experts). ``step``: the first step of its epoch that it may happen in, -1 for any.
     """
 
     number: int
@@ -209,7 +216,8 @@ class Configure(Message, frozen=True, tag=3):
     keep their weights and give copies of experts to others. ``slots``: int32 (ep ranks,), how many slots each ep rank
     has; empty: shared out evenly. ``fetches``: int32 (n, 4), what is not in its slot yet: MoE layer, physical slot, the
     rank (of the whole world) that has a copy or -1 for the checkpoint, and the copy's slot there, counted among that
-    rank's own. Ranks send and receive in this order. Every other slot keeps what it has.
+    rank's own. Ranks send and receive in this order. Every other slot keeps what it has. ``nodes``: int32 (members,),
+    a number for the host of each; empty: all are on one.
     """
 
     term: int
@@ -222,6 +230,21 @@ class Configure(Message, frozen=True, tag=3):
     parked: tuple[Member, ...] = ()
     slots: I32 = NO_NUMBERS
     fetches: I32Matrix = NO_FETCHES
+    nodes: I32 = NO_NUMBERS
+
+
+class Shuffle(Part, frozen=True):
+    """What a step does beside its computing for the layer that is staged (see StageExperts), in this order, all before
+    the model runs: with ``commit`` the layer gets its new experts; then parts ``first`` to ``end`` of the moves are
+    started; then the moves of rounds ``home_first`` to ``home_end``, of a layer that all ranks have committed, are
+    copied from the staging buffers, which are free from then on, to their slots."""
+
+    generation: int
+    commit: bool = False
+    first: int = 0
+    end: int = 0
+    home_first: int = 0
+    home_end: int = 0
 
 
 class Step(Message, frozen=True, tag=4):
@@ -235,7 +258,8 @@ class Step(Message, frozen=True, tag=4):
     length, one token is sampled and length grows by one. A row decodes when computed == length - 1 and it has
     sampled since it was admitted; rows that are still in prefill compute only when named.
     ``num_tokens_across_dp``: int32 (attention replicas of the group,), tokens that each replica computes in this step;
-    a replica with 0 runs a dummy step. ``lane``: only rows of this lane compute, named or not.
+    a replica with 0 runs a dummy step. ``lane``: only rows of this lane compute, named or not. ``shuffle``: the same
+    for all replicas.
     """
 
     term: int
@@ -250,6 +274,7 @@ class Step(Message, frozen=True, tag=4):
     prefill_rows: I32
     prefill_counts: I32
     lane: int = 0
+    shuffle: Shuffle | None = None
 
 
 CONTROL_METHODS = ("ping", "stats")
@@ -296,7 +321,42 @@ class Inject(Message, frozen=True, tag=9):
     injections: tuple[Injection, ...]
 
 
-ToWorker = WelcomeWorker | OpenStore | Configure | Step | Call | Shutdown | Leave | Load | Inject
+class StageExperts(Message, frozen=True, tag=10):
+    """One MoE layer is to get other experts. ``placement``: int32 (physical slots,), what it will hold.
+
+    ``fetches``: int32 (n, 4) as in Configure, all of this layer, by what is in the slots now; none is from the
+    checkpoint, and where the source is the receiver itself the copy is local. ``rounds``: int32 (rounds + 1,) bounds:
+    in fetches ``rounds[r]`` to ``rounds[r + 1]`` no rank sends twice or receives twice. Each expert travels in
+    ``parts``; part p of round r has the number r * parts + p, and Steps name ranges of them, in ascending order. Only
+    the ranks of the layer's stage that compute take part; all of them get this before the first such Step.
+
+    ``generation`` tells stages apart, ascending within a term. When all parts have come a rank says Staged, and only
+    when all have does a Step commit. When every rank has answered that Step its staging buffers go home, and the next
+    layer may be staged.
+    """
+
+    term: int
+    epoch: int
+    generation: int
+    layer: int
+    placement: I32
+    fetches: I32Matrix
+    rounds: I32
+    parts: int = 1
+
+
+class CancelStage(Message, frozen=True, tag=11):
+    """The stage is given up; none of its parts is started any more and no Step has committed it. When those that have
+    been started are through, the rank says Staged with ``dropped``."""
+
+    term: int
+    epoch: int
+    generation: int
+
+
+ToWorker = (
+    WelcomeWorker | OpenStore | Configure | Step | Call | Shutdown | Leave | Load | Inject | StageExperts | CancelStage
+)
 
 
 # ------------------------------------------------------------------------------------------- worker to coordinator
@@ -350,6 +410,11 @@ class StepDone(Message, frozen=True, tag=23):
     first rank of the last stage of an attention replica sends them; from all others it is empty, an acknowledgement.
 
     ``logprobs``: entries for those of them that asked, with ``logprob_index`` (int32) their place in ``tokens``.
+
+    ``load``: int32 (moe layers of the stage, slots of the rank), how many tokens each of its expert slots has computed
+    since the report before (or the epoch began), up to this step and without it, before its commit; (0, 0): no report.
+    There is one every ``load_interval`` steps and in every step that commits. ``load_steps``: steps with tokens that it
+    covers.
     """
 
     term: int
@@ -359,6 +424,8 @@ class StepDone(Message, frozen=True, tag=23):
     tokens: I32
     logprob_index: I32
     logprobs: tuple[LogprobEntry, ...] = ()
+    load: I32Matrix = NO_MATRIX
+    load_steps: int = 0
 
 
 class Fault(Message, frozen=True, tag=24):
@@ -422,7 +489,8 @@ class Loaded(Message, frozen=True, tag=27):
 class Left(Message, frozen=True, tag=28):
     """The rank is out of every epoch before this one, and its device idle. ``held``: int32 (moe_layers, slots), the
     logical expert in each of its slots, -1 for none (and in layers of other stages), or (0, 0) where every rank has
-    all experts. ``free_bytes`` as in Loaded."""
+    all experts. ``free_bytes`` as in Loaded. The last ``spare`` slots are staging buffers or what they took the place
+    of: they can be copied from in the next Configure, and are gone after it."""
 
     term: int
     epoch: int
@@ -430,6 +498,7 @@ class Left(Message, frozen=True, tag=28):
     held: I32Matrix
     num_blocks: int
     free_bytes: int = 0
+    spare: int = 0
 
 
 class Injected(Message, frozen=True, tag=29):
@@ -442,7 +511,23 @@ class Injected(Message, frozen=True, tag=29):
     text: str = ""
 
 
-FromWorker = HelloWorker | StoreReady | Ready | StepDone | Fault | CallResult | BeatWorker | Loaded | Left | Injected
+class Staged(Message, frozen=True, tag=30):
+    """All that comes to the rank for this generation is whole in its staging buffers, and all that it sends is sent;
+    ``dropped``: it was cancelled, and the buffers are free. ``bytes_received`` from other ranks, ``seconds`` since
+    StageExperts."""
+
+    term: int
+    epoch: int
+    rank: int
+    generation: int
+    bytes_received: int = 0
+    seconds: float = 0.0
+    dropped: bool = False
+
+
+FromWorker = (
+    HelloWorker | StoreReady | Ready | StepDone | Fault | CallResult | BeatWorker | Loaded | Left | Injected | Staged
+)
 
 
 # ------------------------------------------------------------------------------------------- client to coordinator
@@ -581,6 +666,21 @@ class InjectFaults(Message, frozen=True, tag=51):
     full_disk: int = -1
 
 
+class RebalanceExperts(Message, frozen=True, tag=52):
+    """Plan a placement of experts now and carry it out, in dummy steps if nothing runs. ``placement``: int32
+    (moe_layers, physical slots) to have instead of one planned here, (0, 0): none. Answered by ExpertsRebalanced when
+    all is done or given up; a later one, or a fault, ends one that is under way."""
+
+    call_id: int
+    placement: I32Matrix = NO_MATRIX
+
+
+class ExpertLoadQuery(Message, frozen=True, tag=53):
+    """Answered by ExpertLoad."""
+
+    call_id: int
+
+
 FromClient = (
     HelloClient
     | Submit
@@ -594,6 +694,8 @@ FromClient = (
     | Goodbye
     | LayoutQuery
     | InjectFaults
+    | RebalanceExperts
+    | ExpertLoadQuery
 )
 
 
@@ -708,7 +810,8 @@ class Event(Message, frozen=True, tag=78):
     protocol) and ``evidence`` how that is known; regroup: the ranks of ``group`` come together anew as ``epoch``;
     recovered: they compute again, ``seconds`` after the fault; respawn: a process is started for ``rank``; parked: it
     has loaded; joined: it computes, and the group stood still for ``seconds``; crash_loop: it is not started again;
-    quarantine, poisoned, numeric: requests suspected or found to kill ranks; journal: its state changed; term: another
+    quarantine, poisoned, numeric: requests suspected or found to kill ranks; rebalance: a placement of experts is
+    planned, carried out, given up, or not worth it, as the text says; journal: its state changed; term: another
     coordinator has taken over; injected: an injected fault (``done`` is its number) happens."""
 
     kind: str
@@ -780,6 +883,51 @@ class FaultsInjected(Message, frozen=True, tag=83):
     error: ErrorInfo | None = None
 
 
+class RebalanceReport(Part, frozen=True):
+    """What became of a plan for the experts. ``outcome``: moved, unchanged (not worth it, or nothing to do), cancelled
+    (some layers may have been moved) or failed; ``reason`` says why. Balancedness is the mean over layers of (mean rank
+    load / max rank load) by the load that was planned for: of the placement before, and of the planned one.
+
+    ``moves``: int32 (n, 4): MoE layer, physical slot, the expert that it had, the one that it got. ``slots_moved`` and
+    ``bytes_moved`` count what was carried out, bytes between ranks alone. ``single_copy``: experts, over all layers,
+    with one live copy.
+    """
+
+    outcome: str
+    reason: str
+    policy: str = ""
+    balancedness_before: float = 1.0
+    balancedness: float = 1.0
+    slots_moved: int = 0
+    bytes_moved: int = 0
+    layers: int = 0
+    solve_ms: float = 0.0
+    seconds: float = 0.0
+    single_copy: int = 0
+    moves: I32Matrix = NO_FETCHES
+
+
+class ExpertsRebalanced(Message, frozen=True, tag=84):
+    """Answer to RebalanceExperts. ``error``: why it was refused."""
+
+    call_id: int
+    report: RebalanceReport | None = None
+    error: ErrorInfo | None = None
+
+
+class ExpertLoad(Message, frozen=True, tag=85):
+    """The expert load of the window. ``tokens``: int32 (snapshots * num_layers, experts), what each logical expert
+    computed; ``steps``: int32 (snapshots,), steps that each covers, oldest first. ``placement``: int32 (num_layers,
+    physical slots), the one in force. ``error``: why there is none."""
+
+    call_id: int
+    num_layers: int
+    steps: I32
+    tokens: I32Matrix
+    placement: I32Matrix
+    error: ErrorInfo | None = None
+
+
 ToClient = (
     WelcomeClient
     | Accepted
@@ -795,6 +943,8 @@ ToClient = (
     | Resumed
     | LayoutFacts
     | FaultsInjected
+    | ExpertsRebalanced
+    | ExpertLoad
 )
 
 

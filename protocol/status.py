@@ -100,12 +100,44 @@ class FaultStatus(Shown, frozen=True, gc=False):
     recovered_s: float = -1.0
 
 
+class LayerBalance(Shown, frozen=True, gc=False):
+    """One MoE layer over the window: tokens of the mean and of the busiest rank, per step, and the first over the
+    second. ``generation``: how often it got other experts in this term."""
+
+    avg_tokens: float
+    max_tokens: float
+    balancedness: float
+    generation: int = 0
+
+
+class EplbStatus(Shown, frozen=True, gc=False):
+    """The balance of experts. ``state``: idle, planning or moving. ``avg_tokens`` and ``max_tokens``: expert tokens per
+    step of the mean and the busiest rank, each a sum over layers; ``balancedness``: the mean of those of the
+    ``layers``, 1.0 while nothing was counted. ``window_steps``: steps that they cover. ``single_copy``: experts, over
+    all layers, with one live copy. ``plans``, ``slots_moved``, ``bytes_moved``: since the start of the term.
+    ``layers_left``: of the plan that is carried out. ``last_plan``: what became of the last one, and why."""
+
+    policy: str
+    state: str
+    balancedness: float = 1.0
+    avg_tokens: float = 0.0
+    max_tokens: float = 0.0
+    window_steps: int = 0
+    layers: tuple[LayerBalance, ...] = ()
+    single_copy: int = 0
+    plans: int = 0
+    slots_moved: int = 0
+    bytes_moved: int = 0
+    layers_left: int = 0
+    last_plan: str = ""
+
+
 class EngineStatus(Shown, frozen=True, gc=False):
     """``state``: starting, ready, recovering (no replica serves, requests wait), closing or failed. ``counters`` holds
     every count by name: scheduling (steps, preemptions, ...), sockets (``client_frames_malformed``, ...), stale or
     foreign messages, faults by kind. ``journal``: on, off or degraded. ``kv_blocks``: of the replica with fewest, which
     bounds what every request may need; 0 until it is ready. ``faults``: the last 64, oldest first. ``waiting_for``:
-    what requests wait for while none is served."""
+    what requests wait for while none is served. ``eplb``: None unless experts are balanced."""
 
     state: str
     term: int
@@ -120,3 +152,4 @@ class EngineStatus(Shown, frozen=True, gc=False):
     kv_blocks: int = 0
     faults: tuple[FaultStatus, ...] = ()
     waiting_for: str = ""
+    eplb: EplbStatus | None = None

@@ -21,6 +21,7 @@ GOLDEN_PATH = Path(__file__).with_name("golden.json")
 EARLIER_PATHS = (
     Path(__file__).with_name("golden_before_lanes.json"),
     Path(__file__).with_name("golden_before_recovery.json"),
+    Path(__file__).with_name("golden_before_rebalancing.json"),
 )
 
 UNIONS: dict[str, Any] = {
@@ -88,6 +89,8 @@ CONFIG = m.WorkerConfig(
     first_local_rank=2,
     first_local_device=1,
     coordinator_lease_s=60.0,
+    enable_eplb=True,
+    load_interval=32,
 )
 INJECTION = m.Injection(number=4, rank=1, kind="slow", point="decode", step=9, seconds=1.5, factor=3.0)
 ERROR = ErrorInfo(
@@ -133,6 +136,7 @@ SAMPLES: tuple[m.Message, ...] = (
         parked=(m.Member(2, "i-2"),),
         slots=i32(3, 1),
         fetches=np.array([[0, 3, 2, 1], [1, 1, -1, 0]], dtype=np.int32),
+        nodes=i32(0, 1),
     ),
     m.Step(
         term=2,
@@ -147,6 +151,7 @@ SAMPLES: tuple[m.Message, ...] = (
         prefill_rows=i32(7),
         prefill_counts=i32(568),
         lane=1,
+        shuffle=m.Shuffle(generation=5, commit=True, first=2, end=4, home_first=1, home_end=3),
     ),
     m.Call(term=2, epoch=3, call_id=9, method="stats", args=b"\x90"),
     m.Shutdown(term=2, reason="closed"),
@@ -174,7 +179,17 @@ SAMPLES: tuple[m.Message, ...] = (
         load_s=1.5,
         device="cpu",
     ),
-    m.StepDone(term=2, epoch=3, rank=1, step=1000, tokens=i32(11, -1, 13), logprob_index=i32(0), logprobs=(LOGPROB,)),
+    m.StepDone(
+        term=2,
+        epoch=3,
+        rank=1,
+        step=1000,
+        tokens=i32(11, -1, 13),
+        logprob_index=i32(0),
+        logprobs=(LOGPROB,),
+        load=np.array([[9, 0, 4], [1, 2, 3]], dtype=np.int32),
+        load_steps=32,
+    ),
     m.Fault(term=2, epoch=3, rank=1, error=ERROR, rows=(3, 4)),
     m.CallResult(term=2, epoch=3, call_id=9, rank=1, ok=False, value=b"", error=ERROR),
     m.BeatWorker(
@@ -294,6 +309,7 @@ SAMPLES: tuple[m.Message, ...] = (
         held=np.array([[0, 1], [-1, -1]], dtype=np.int32),
         num_blocks=4096,
         free_bytes=1 << 33,
+        spare=1,
     ),
     m.Injected(term=2, rank=1, incarnation="i-1", number=4, text="slow in step 9"),
     m.InjectFaults(
@@ -318,6 +334,46 @@ SAMPLES: tuple[m.Message, ...] = (
     ),
     m.FaultsInjected(call_id=7, error=ERROR),
     m.Notice(kind="journal", text="degraded"),
+    m.StageExperts(
+        term=2,
+        epoch=3,
+        generation=5,
+        layer=1,
+        placement=i32(0, 2, 1, 1),
+        fetches=np.array([[1, 2, 0, 1], [1, 3, 1, 0]], dtype=np.int32),
+        rounds=i32(0, 1, 2),
+        parts=3,
+    ),
+    m.CancelStage(term=2, epoch=3, generation=5),
+    m.Staged(term=2, epoch=3, rank=1, generation=5, bytes_received=98304, seconds=0.25, dropped=True),
+    m.RebalanceExperts(call_id=8, placement=np.array([[0, 1], [1, 0]], dtype=np.int32)),
+    m.ExpertLoadQuery(call_id=9),
+    m.ExpertsRebalanced(
+        call_id=8,
+        report=m.RebalanceReport(
+            outcome="moved",
+            reason="balancedness 0.71 to 0.97",
+            policy="incremental",
+            balancedness_before=0.71,
+            balancedness=0.97,
+            slots_moved=2,
+            bytes_moved=98304,
+            layers=1,
+            solve_ms=1.5,
+            seconds=0.75,
+            single_copy=3,
+            moves=np.array([[1, 2, 7, 4]], dtype=np.int32),
+        ),
+        error=ERROR,
+    ),
+    m.ExpertLoad(
+        call_id=9,
+        num_layers=2,
+        steps=i32(32, 16),
+        tokens=np.array([[5, 6], [7, 8], [9, 10], [11, 12]], dtype=np.int32),
+        placement=np.array([[0, 1], [1, 0]], dtype=np.int32),
+        error=ERROR,
+    ),
 )
 
 

@@ -27,9 +27,9 @@ def fetches(
     ``held``: by global rank, int32 (moe_layers, slots), what is in its slots, parked ranks too. ``placement``: int32
     (moe_layers, sum(slots)). ``ranks_of_stage[s]``: the global ranks of stage s by ep rank. ``layer_stage``: the stage
     of each layer; ``stage_of``: that of each rank in ``held``. ``spare``: int32 (moe_layers, any number), what ranks
-    hold outside of their slots; those are numbered on behind them. Copies that stay where they are are taken before others,
-    a rank's own before those of others, and of those the ones of who gives least. Each rank gets an expert once per
-    layer: a second slot copies the first, which stands before it.
+    hold outside of their slots; those are numbered on behind them. Copies that stay where they are are taken before
+    others, a rank's own before those of others, and of those the ones of who gives least. Each rank gets an expert once
+    per layer: a second slot copies the first, which stands before it.
     """
     starts = np.concatenate([[0], np.cumsum(np.asarray(slots, dtype=np.int64))]).astype(int).tolist()
     rows: list[tuple[int, int, int, int]] = []

@@ -1,7 +1,7 @@
 """A placement plan being carried out, layer by layer, beside the steps that run; no I/O.
 
-All ranks that hold a layer are told what travels; steps name the parts to start; when every rank has all that it gets, one
-step commits; when every rank has answered that one, steps send the new experts home into their slots, and the next
+All ranks that hold a layer are told what travels; steps name the parts to start; when every rank has all that it gets,
+one step commits; when every rank has answered that one, steps send the new experts home into their slots, and the next
 layer follows. Until the commit a layer can be given up without a trace.
 """
 
@@ -274,6 +274,8 @@ def layer_plans(placement: I32Matrix, moves: I32Matrix, places: ExpertPlaces) ->
     plans: list[LayerPlan] = []
     for layer in np.unique(moves[:, 0]).tolist():
         of_layer = moves[moves[:, 0] == layer]
+        # What a rank copies from its own slots waits for nothing.
+        of_layer = of_layer[np.argsort(places.slot_rank[of_layer[:, 1]] != of_layer[:, 2], kind="stable")]
         ranks = np.asarray(places.of_layer(layer), dtype=np.int32)
         fetches = of_layer.copy()
         fetches[:, 2] = ranks[of_layer[:, 2]]

@@ -108,7 +108,8 @@ class LoadWindow:
         version = self._versions[0]
         layers, experts = gathering.tokens.shape[0], self._num_experts
         index = (np.arange(layers)[:, None] * experts + version.placement).ravel()
-        tokens = np.bincount(index, gathering.tokens.ravel(), layers * experts).reshape(layers, experts)
+        flat: F64 = np.bincount(index, gathering.tokens.ravel(), layers * experts)
+        tokens = flat.reshape(layers, experts)
         before = np.concatenate([np.zeros((layers, 1)), np.cumsum(gathering.tokens, axis=1)], axis=1)
         rank_tokens = np.diff(before[:, places.starts], axis=1)
         snapshot = Snapshot(gathering.steps, tokens, rank_tokens, version.number)

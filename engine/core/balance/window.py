@@ -108,8 +108,8 @@ class LoadWindow:
         version = self._versions[0]
         layers, experts = gathering.tokens.shape[0], self._num_experts
         index = (np.arange(layers)[:, None] * experts + version.placement).ravel()
-        flat: F64 = np.bincount(index, gathering.tokens.ravel(), layers * experts)
-        tokens = flat.reshape(layers, experts)
+        flat = np.bincount(index, gathering.tokens.ravel(), layers * experts)
+        tokens = flat.astype(np.float64, copy=False).reshape(layers, experts)
         before = np.concatenate([np.zeros((layers, 1)), np.cumsum(gathering.tokens, axis=1)], axis=1)
         rank_tokens = np.diff(before[:, places.starts], axis=1)
         snapshot = Snapshot(gathering.steps, tokens, rank_tokens, version.number)

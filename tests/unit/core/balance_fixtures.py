@@ -17,8 +17,8 @@ from drumline.protocol.messages import (
     I32Matrix,
     RebalanceReport,
     Shuffle,
-    StageExperts,
     Staged,
+    StageExperts,
     StepDone,
 )
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from drumline.protocol.placement import PlacementMaps
 from drumline.workers.collectives import Group
+from drumline.workers.layers.expert_maps import ExpertMaps
 from drumline.workers.layers.experts import LocalExperts, sum_top_k
 from drumline.workers.layers.parallel import ModelGroups, ParallelMlp, gather_shares
 from drumline.workers.layers.routing import Gate
@@ -63,13 +64,15 @@ class RoutingView:
     """One layer's part of the placement maps, on the device.
 
     ``slot_of_expert`` int64 (experts,): the physical slot that serves each logical expert. ``owner_of_slot`` int64
-    (slots,): its ep rank. This rank owns slots ``first_slot`` to ``end_slot``.
+    (slots,): its ep rank. This rank owns slots ``first_slot`` to ``end_slot``. ``maps``: what to route by instead of
+    ``slot_of_expert``.
     """
 
     slot_of_expert: Tensor
     owner_of_slot: Tensor
     first_slot: int
     end_slot: int
+    maps: ExpertMaps | None = None
 
     @classmethod
     def nowhere(cls, device: torch.device) -> RoutingView:
@@ -87,6 +90,10 @@ class RoutingView:
             first_slot=slots.start,
             end_slot=slots.stop,
         )
+
+    def choose(self, experts: Tensor) -> Tensor:
+        """The physical slot, int64 (n, K), of each of the logical ``experts`` int64 (n, K) of this rank's tokens."""
+        return self.slot_of_expert[experts] if self.maps is None else self.maps.slots_of(experts)
 
     @property
     def all_here(self) -> bool:
@@ -132,7 +139,7 @@ class MoeLayer:
     def _whole_experts(self, x: Tensor, tokens: StepTokens) -> Tensor:
         mine = x[tokens.share[0] : tokens.share[1]]
         weights, experts = self.gate(mine)
-        slots = self.routing.slot_of_expert[experts]
+        slots = self.routing.choose(experts)
         owners = self.routing.owner_of_slot[slots.reshape(-1)]
         all_x, all_slots = self.exchange.dispatch(mine, slots, owners, tokens.by_rank)
         outputs, pair_index = self._compute_local(all_x, all_slots)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from drumline.engine.core.coordination_config import CoordinationConfig
 from drumline.engine.core.engine_core import EngineCore
+from drumline.engine.core.expert_balance import ExpertBalance
 from drumline.engine.core.fault_book import FaultBook
 from drumline.engine.core.liveness import GroupClock, furthest_behind
 from drumline.engine.core.members import (
@@ -37,6 +38,7 @@ from drumline.protocol.messages import (
     FromWorkerSide,
     HelloSupervisor,
     Spawned,
+    Staged,
     StepDone,
     Stopping,
 )
@@ -63,6 +65,10 @@ class Coordination:
             GroupClock(config.step_deadline_s, layout.pipeline_parallel_size) for _ in self.membership.groups
         ]
         self.membership.epochs.leave_s = lambda group, at: self.clocks[group].leave_s(at)
+        #: None where experts stay where they are.
+        self.balance: ExpertBalance | None = None
+        if config.balance is not None:
+            self.balance = ExpertBalance(config.balance, config.membership, self.membership)
         self._suspicion = Suspicion()
         self._restored = restored
         self._ranks_of = [layout.ranks_of_replica(replica) for replica in range(layout.num_replicas)]
@@ -90,6 +96,10 @@ class Coordination:
                 self._out.append(Called(message))
                 if group in self._joining:
                     self._drained(group, now)
+        elif isinstance(message, Staged):
+            if self.balance is not None and membership.accepts(peer, message):
+                self.balance.staged(message, now)
+                self.balanced(now)
         elif isinstance(message, HelloSupervisor):
             self._react(membership.supervisor_hello(peer, message, now), now)
         elif isinstance(message, Spawned | Exited | Stopping | Beat):
@@ -123,11 +133,18 @@ class Coordination:
                 core.apply(replica, message, now)
             else:
                 check_acknowledgement(message)
+            if self.balance is not None:
+                self.balance.step_done(rank, message, now)
         except ProtocolError as error:
             self._impossible_reply(rank, message.step, error.text, now)
             return True
+        except ValueError as error:
+            self._impossible_reply(rank, message.step, str(error), now)
+            return True
         membership.step_done(rank, message.step)
         complete = clock.done(rank, message.step, now)
+        if self.balance is not None:
+            self._say_balance()
         if complete and group in self._joining:
             self._drained(group, now)
         if complete or replica is not None:
@@ -164,6 +181,8 @@ class Coordination:
     def due_at(self, now: float) -> float | None:
         """When :meth:`tick` wants to be called, None: not before something has happened."""
         moments = [self.membership.due_at, *(clock.due_at() for clock in self.clocks)]
+        if self.balance is not None:
+            moments.append(self.balance.due_at)
         return min((moment for moment in moments if moment is not None), default=None)
 
     def tick(self, now: float) -> None:
@@ -182,6 +201,7 @@ class Coordination:
             )
             self._lost(record.rank, "wedged", text, overdue.step, now)
         self._react(self.membership.tick(now), now)
+        self._tick_balance(now)
         if self.core is not None:
             self.core.tick(now)
             if self._suspicion and self._confined_for_good():
@@ -189,6 +209,26 @@ class Coordination:
                 self._out.extend(self._suspicion.take())
             for group in list(self._joining):
                 self._drained(group, now)
+
+    def _tick_balance(self, now: float) -> None:
+        if self.balance is None:
+            return
+        late = self.balance.tick(now)
+        if late is not None:
+            for rank in late.ranks:
+                self._lost(rank, "wedged", late.text, self.membership.ranks[rank].step, now)
+        self.balanced(now)
+
+    def balanced(self, now: float) -> None:
+        """Something has been said to :attr:`balance`: pass on what it answers, and make the steps that it demands."""
+        self._say_balance()
+        if self.core is not None:
+            self.core.wake(0)  # all ranks of a model with experts are one lockstep group
+            self.plan(now)
+
+    def _say_balance(self) -> None:
+        if self.balance is not None:
+            self._out.extend(self.balance.take())
 
     def _confined_for_good(self) -> bool:
         """Whether the replica of the confined lacks a rank that is not started again."""
@@ -215,6 +255,8 @@ class Coordination:
                 for rank in ranks:
                     clock.sent(rank, step.step, tokens, now)
                 self._out.append(ToReplica(ranks, step))
+            if self.balance is not None:
+                self._say_balance()
 
     # -------------------------------------------------------------------------------------------- what membership says
 
@@ -259,6 +301,9 @@ class Coordination:
             self._suspicion.closed(group, closed.epoch, core.suspects(group))
             core.hold(group, False)
             core.close_epoch(group, self._replicas(closed.lost), now)
+        if self.balance is not None:
+            self.balance.closed(now)
+            self._say_balance()
 
     def _join_due(self, group: int, now: float) -> None:
         self._joining.add(group)
@@ -300,6 +345,10 @@ class Coordination:
         core.hold(ready.group, False)
         core.open_epoch(ready.group, ready.epoch, self._replicas(ready.serving), self._replicas(ready.kept))
         self.faults.recovered(ready.group, now)
+        if self.balance is not None:
+            self.balance.opened(ready, now)
+            core.carry(ready.group, self.balance.balancer)
+            self._say_balance()
         if self._suspicion:
             self._suspicion.look(core)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from drumline.engine.core.balance.plan import PlanRequest
 from drumline.protocol.errors import ErrorInfo
-from drumline.protocol.messages import CallResult, Event, Step, ToSupervisor, ToWorker
+from drumline.protocol.messages import CallResult, Event, RebalanceReport, Step, ToSupervisor, ToWorker
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,28 @@ class Tell:
 
 
 @dataclass(frozen=True, slots=True)
+class Log:
+    """Write ``text`` to the log."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanWanted:
+    """Have a placement of experts planned, elsewhere, and bring the answer."""
+
+    request: PlanRequest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rebalanced:
+    """What became of a plan for the experts. ``callers``: who asked for it, nobody for one that was due."""
+
+    callers: tuple[int, ...]
+    report: RebalanceReport
+
+
+@dataclass(frozen=True, slots=True)
 class Called:
     """A rank has answered a control call."""
 
@@ -138,6 +161,9 @@ Output = (
     | Leased
     | FaultSeen
     | Tell
+    | Log
+    | PlanWanted
+    | Rebalanced
     | Called
     | Ready
     | Ended

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Ordered
 
 import numpy as np
 
+from drumline.engine.core.balance.carrier import Carrier
 from drumline.engine.core.config import CoreConfig
 from drumline.engine.core.confinement import Confinement
 from drumline.engine.core.core_status import counters, group_status, replica_status
@@ -166,6 +167,15 @@ class EngineCore:
         self._groups[group].held = held
         self._ready.add(group)
 
+    def carry(self, group: int, carrier: Carrier | None) -> None:
+        """What rides on the steps of the group."""
+        self._groups[group].carrier = carrier
+        self.wake(group)
+
+    def wake(self, group: int) -> None:
+        """The carrier of the group may demand a step now."""
+        self._ready.add(group)
+
     def in_flight(self, group: int) -> int:
         """Steps of the group that some replica has not answered."""
         return self._groups[group].unanswered
@@ -183,7 +193,7 @@ class EngineCore:
             group = self._groups[index]
             if group.may_plan:
                 self._settle_group(group)
-                steps = group.plan()
+                steps = group.plan(now)
                 if steps:
                     first = index * self._per_group
                     return [(first + replica, step) for replica, step in steps]

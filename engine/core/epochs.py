@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from drumline.engine.core.balance.places import number_hosts
 from drumline.engine.core.decisions import EpochReady, GroupClosed, JoinDue, Output, Tell, ToPeer
 from drumline.engine.core.members import GroupRecord, GroupStage, MembershipConfig, RankRecord, RankState, Refusals
 from drumline.engine.core.refit import plan_refit
@@ -221,6 +222,7 @@ class Epochs:
                 parked=self._members(group.parked),
                 slots=refit.slots,
                 fetches=refit.fetches,
+                nodes=number_hosts([self._ranks[rank].host for rank in group.members]),
             )
             for rank in ranks:
                 self._ranks[rank].progress_at = now

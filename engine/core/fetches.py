@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from drumline.protocol.messages import I32
 
 CHECKPOINT = -1
+NOTHING: Mapping[int, I32] = MappingProxyType({})
 
 
 def fetches(
@@ -18,14 +20,16 @@ def fetches(
     ranks_of_stage: Sequence[Sequence[int]],
     layer_stage: Sequence[int],
     stage_of: Mapping[int, int],
+    spare: Mapping[int, I32] = NOTHING,
 ) -> I32:
     """What is to be fetched, int32 (n, 4), as Configure says it, by layer, then by slot.
 
     ``held``: by global rank, int32 (moe_layers, slots), what is in its slots, parked ranks too. ``placement``: int32
     (moe_layers, sum(slots)). ``ranks_of_stage[s]``: the global ranks of stage s by ep rank. ``layer_stage``: the stage
-    of each layer; ``stage_of``: that of each rank in ``held``. Copies that stay where they are are taken before others,
-    a rank's own before those of others, and of those the ones of who gives least. Each rank gets an expert once per
-    layer: a second slot copies the first, which stands before it.
+    of each layer; ``stage_of``: that of each rank in ``held``. ``spare``: int32 (moe_layers, any number), what ranks
+    hold outside of their slots; those are numbered on behind them. Copies that stay where they are are taken before
+    others, a rank's own before those of others, and of those the ones of who gives least. Each rank gets an expert once
+    per layer: a second slot copies the first, which stands before it.
     """
     starts = np.concatenate([[0], np.cumsum(np.asarray(slots, dtype=np.int64))]).astype(int).tolist()
     rows: list[tuple[int, int, int, int]] = []
@@ -39,7 +43,7 @@ def fetches(
             continue
         stays = {rank: want for rank, _, want in wanted}
         sharers = [rank for rank in sorted(held) if stage_of[rank] == stage]
-        copies = _copies(held, stays, sharers, layer, experts)
+        copies = _copies(held, spare, stays, sharers, layer, experts)
         for rank, first, want, lacking in needs:
             has: dict[int, int] = {}
             for slot in lacking:
@@ -67,7 +71,12 @@ _Copy = tuple[bool, int, int]
 
 
 def _copies(
-    held: Mapping[int, I32], stays: Mapping[int, I32], ranks: Sequence[int], layer: int, experts: set[int]
+    held: Mapping[int, I32],
+    spare: Mapping[int, I32],
+    stays: Mapping[int, I32],
+    ranks: Sequence[int],
+    layer: int,
+    experts: set[int],
 ) -> dict[int, list[_Copy]]:
     """Where there are copies of ``experts``."""
     copies: dict[int, list[_Copy]] = {}
@@ -77,6 +86,10 @@ def _copies(
             if expert in experts:
                 overwritten = want is not None and slot < len(want) and int(want[slot]) != expert
                 copies.setdefault(expert, []).append((overwritten, rank, slot))
+        if rank in spare:
+            for slot, expert in enumerate(spare[rank][layer].tolist(), held[rank].shape[1]):
+                if expert in experts:
+                    copies.setdefault(expert, []).append((False, rank, slot))
     return copies
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Ordered
 
 import numpy as np
 
+from drumline.engine.core.balance.carrier import Carrier
 from drumline.engine.core.batch_table import DETACHED, LEFT, BatchTable
 from drumline.engine.core.block_pool import I32, BlockPool
 from drumline.engine.core.config import CoreConfig
@@ -39,6 +40,8 @@ class LockstepGroup:
         # Replicas without rows, whose sequences had better go elsewhere: they do not serve, or have lost their KV.
         self.away = frozenset(range(len(num_blocks)))
         self.held = False
+        # What rides on the steps, if anything does.
+        self.carrier: Carrier | None = None
         self.pool = BlockPool(num_blocks)
         self.table = BatchTable(
             self.replicas,
@@ -136,17 +139,21 @@ class LockstepGroup:
         """Steps in flight that some replica has not answered."""
         return sum(1 for record in self.in_flight if record.missing)
 
-    def plan(self) -> list[tuple[int, Step]]:
+    def plan(self, now: float) -> list[tuple[int, Step]]:
         """The next step for every replica that serves, as (replica, step), or nothing: too many in flight, or nobody
         has work.
 
-        A replica without work gets a dummy step while any other has some.
+        A replica without work gets a dummy step while any other has some, or what the carrier demands needs one.
         """
-        if self.unfinished == 0 or not self.may_plan:
+        carrier = self.carrier
+        demands = carrier is not None and carrier.demands
+        if (self.unfinished == 0 and not demands) or not self.may_plan:
             return []
         plan = self.scheduler.plan()
         if plan is None:
-            return []
+            if not demands:
+                return []
+            plan = self.scheduler.nothing()
         number = self.next_step
         evictions = self.residence.evictions
         self.residence.evictions = [[] for _ in range(self.replicas)]
@@ -159,7 +166,8 @@ class LockstepGroup:
         serving = self.serving
         tokens = plan.tokens if len(serving) == self.replicas else plan.tokens[list(serving)]
         tokens.setflags(write=False)
-        header = StepHeader(self.term, self.epoch, self.wave.step(), number, tokens)
+        shuffle = carrier.next(number, now) if carrier is not None else None
+        header = StepHeader(self.term, self.epoch, self.wave.step(), number, tokens, shuffle)
         self._messages.begin(plan)
         steps = [
             (replica, self._messages.step(header, plan, replica, evictions[replica], restated.get(replica)))

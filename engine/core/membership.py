@@ -41,6 +41,7 @@ from drumline.protocol.messages import (
     HelloWorker,
     Injected,
     Spawned,
+    Staged,
     StepDone,
 )
 
@@ -193,7 +194,7 @@ class Membership:
 
     # ------------------------------------------------------------------------------------------- what ranks say
 
-    def accepts(self, peer: bytes, message: StepDone | CallResult) -> bool:
+    def accepts(self, peer: bytes, message: StepDone | CallResult | Staged) -> bool:
         """Whether ``message`` comes from the rank that it names, in its group's present (term, epoch)."""
         record = self._sender(peer, message.rank)
         return record is not None and self._heard.current(record, message)
@@ -212,7 +213,7 @@ class Membership:
         return None
 
     def receive(self, peer: bytes, message: FromWorker, now: float) -> list[Output]:
-        """Everything a worker says except StepDone and CallResult, which :meth:`accepts` checks for the coordinator."""
+        """Everything a worker says except what :meth:`accepts` checks for the coordinator."""
         self._now = now
         if isinstance(message, HelloWorker):
             return self.worker_hello(peer, message, now)

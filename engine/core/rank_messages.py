@@ -28,11 +28,12 @@ from drumline.protocol.messages import (
     Left,
     Loaded,
     Ready,
+    Staged,
     StepDone,
     StoreReady,
 )
 
-_OfEpoch = StoreReady | Ready | StepDone | CallResult | Left
+_OfEpoch = StoreReady | Ready | StepDone | CallResult | Left | Staged
 
 
 def injected(message: Injected) -> list[Output]:
@@ -68,7 +69,7 @@ class RankMessages:
         return False
 
     def hear(self, record: RankRecord, message: FromWorker, now: float) -> list[Output]:
-        """What follows from anything but a Hello, StepDone and CallResult."""
+        """What follows from anything but a Hello, StepDone, CallResult and Staged."""
         if isinstance(message, BeatWorker):
             return self._beat(record, message, now)
         if isinstance(message, Fault):
@@ -77,7 +78,7 @@ class RankMessages:
             return injected(message)
         if isinstance(message, Loaded):
             return self._loaded(record, message, now)
-        if isinstance(message, HelloWorker | StepDone | CallResult) or not self.current(record, message):
+        if isinstance(message, HelloWorker | StepDone | CallResult | Staged) or not self.current(record, message):
             return []
         if isinstance(message, StoreReady):
             return self._epochs.store_ready(record, message, now)

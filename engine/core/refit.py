@@ -59,7 +59,7 @@ def plan_refit(
         text = _too_big_shards(config, members, ranks)
         return text or Refit(placement, NO_NUMBERS, NO_FETCHES)
     layout = config.layout
-    stages = _ranks_of_stage(layout, members)
+    stages = ranks_of_stage(layout, members)
     initial = _initial_slots(layout, placement)
     had = [initial[layout.ep_rank(rank)] for rank in stages[0]]
     capacity = [
@@ -71,15 +71,17 @@ def plan_refit(
             f"{config.num_experts} experts do not fit into the ranks that are left, which have room for "
             f"{sum(capacity)} of them (expert_growth_bytes)"
         )
-    held = {rank: _held(ranks[rank], len(config.moe_layer_stage)) for rank in (*members, *parked)}
+    everyone = (*members, *parked)
+    held = {rank: _held(ranks[rank], len(config.moe_layer_stage)) for rank in everyone}
+    spare = {rank: _spare(ranks[rank], len(config.moe_layer_stage)) for rank in everyone}
     joined = [_joined([held[stage[place]] for stage in stages], config.moe_layer_stage) for place in range(len(had))]
     planned = cover(joined, slots, config.num_experts)
     stage_of = {rank: layout.coordinates(rank).pp_rank for rank in held}
-    todo = fetches(held, planned, slots, stages, config.moe_layer_stage, stage_of)
+    todo = fetches(held, planned, slots, stages, config.moe_layer_stage, stage_of, spare)
     return Refit(planned, np.asarray(slots, dtype=np.int32), todo)
 
 
-def _ranks_of_stage(layout: Layout, members: Sequence[int]) -> list[list[int]]:
+def ranks_of_stage(layout: Layout, members: Sequence[int]) -> list[list[int]]:
     """The members of each stage by their place among those that hold its experts."""
     stages: list[list[int]] = [[] for _ in range(layout.pipeline_parallel_size)]
     for rank in members:
@@ -91,7 +93,15 @@ def _held(record: RankRecord, layers: int) -> I32:
     left = record.left
     if left is None or left.held.shape[0] != layers:
         return np.zeros((layers, 0), dtype=np.int32)
-    return left.held
+    return left.held[:, : left.held.shape[1] - left.spare]
+
+
+def _spare(record: RankRecord, layers: int) -> I32:
+    """What the rank holds outside of its slots: int32 (layers, any number)."""
+    left = record.left
+    if left is None or left.held.shape[0] != layers:
+        return np.zeros((layers, 0), dtype=np.int32)
+    return left.held[:, left.held.shape[1] - left.spare :]
 
 
 def _joined(of_stages: Sequence[I32], layer_stage: Sequence[int]) -> I32:
@@ -129,7 +139,7 @@ def _capacity(config: MembershipConfig, record: RankRecord, had: int, ranks: Map
         return config.num_experts
     grown = had
     if config.expert_growth_bytes is None and record.left is not None:
-        grown = max(had, record.left.held.shape[1])
+        grown = max(had, record.left.held.shape[1] - record.left.spare)
     return grown + _growth(config, record, bytes_per_slot * config.num_experts, ranks) // bytes_per_slot
 
 

@@ -84,6 +84,12 @@ class Scheduler:
                 return plan
         return None
 
+    def nothing(self) -> Plan:
+        """A step in which nobody computes."""
+        replicas = self._table.replicas
+        bounds = np.zeros(replicas + 1, dtype=np.int64)
+        return Plan(0, np.zeros(replicas, dtype=np.int32), NO_BLOCKS, bounds, NO_BLOCKS, bounds, NO_BLOCKS)
+
     def _plan_lane(self, lane: int) -> Plan | None:
         preempted, grown, grown_bounds = self._preemption.make_room(lane, self._busy)
         decoding, bounds = self._table.decoding(lane)

@@ -11,7 +11,7 @@ from drumline.engine.core.batch_table import BatchTable
 from drumline.engine.core.block_pool import I32, I64, BlockPool
 from drumline.engine.core.plan import Admission, Plan
 from drumline.engine.core.request import Sequence
-from drumline.protocol.messages import NO_NUMBERS, Admit, Step
+from drumline.protocol.messages import NO_NUMBERS, Admit, Shuffle, Step
 
 
 @dataclass(slots=True)
@@ -23,6 +23,7 @@ class StepHeader:
     wave: int
     number: int
     tokens: I32
+    shuffle: Shuffle | None = None
 
 
 class StepMessages:
@@ -75,6 +76,7 @@ class StepMessages:
             prefill_rows,
             prefill_counts,
             plan.lane,
+            header.shuffle,
         )
 
     def _restate(self, replica: int, sequence: Sequence) -> Admit:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import msgspec
 import numpy as np
 
-from drumline.protocol.messages import I32, NO_FETCHES, I32Matrix
+from drumline.protocol.messages import I32, NO_FETCHES, NO_MATRIX, I32Matrix
 
 F32Matrix: TypeAlias = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 POLICIES = ("incremental", "hierarchical", "global")
@@ -21,7 +21,8 @@ class PlanRequest(msgspec.Struct, array_like=True, frozen=True, gc=False):
     how many each rank has. ``nodes``: a number for the host of each rank. ``dead``: ranks whose slots do not count and
     stay as they are. ``num_groups``: expert groups of the model, which only hierarchical minds. ``expert_bytes``: of
     one expert in one layer. ``max_moved``: share of all slots that may get another expert; ``min_gain``: by how much
-    balancedness must rise for that to be worth it. ``number``: of the request, for its asker.
+    balancedness must rise for that to be worth it. ``number``: of the request, for its asker. ``target``: where it is
+    not (0, 0) the placement is given, and only how to get there is asked.
     """
 
     number: int
@@ -36,6 +37,7 @@ class PlanRequest(msgspec.Struct, array_like=True, frozen=True, gc=False):
     expert_bytes: int = 0
     max_moved: float = 0.25
     min_gain: float = 0.01
+    target: I32Matrix = NO_MATRIX
 
     def snapshots(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """float64 (snapshots, layers, experts)."""

@@ -127,6 +127,8 @@ class FakeRanks:
         self.processes: dict[int, Process] = {}
         self.dead: list[Process] = []
         self.slow: set[int] = set()
+        # What a rank holds outside of its slots when it leaves next.
+        self.spare: dict[int, I32Matrix] = {}
         self.deaf: dict[int, set[type[Message]]] = {}
         self.out: list[Output] = []
         self.killed: list[int] = []
@@ -202,7 +204,9 @@ class FakeRanks:
             return None if process.rank in self.slow else self.loaded(process)
         elif isinstance(message, Leave):
             process.epoch = message.epoch
-            return Left(message.term, message.epoch, process.rank, process.held, 9 + process.rank, FREE)
+            spare = self.spare.pop(process.rank, process.held[:, :0])
+            held = np.concatenate([process.held, spare], axis=1)
+            return Left(message.term, message.epoch, process.rank, held, 9 + process.rank, FREE, spare.shape[1])
         elif isinstance(message, OpenStore):
             return StoreReady(message.term, message.epoch, process.rank, "127.0.0.1", 4242)
         elif isinstance(message, Configure):

@@ -107,3 +107,18 @@ def test_grown_ranks_keep_what_they_hold_when_another_one_dies() -> None:
     assert configure.slots.tolist() == [4, 4]
     assert np.isin(configure.fetches[:, 2], [-1]).all()
     assert len(configure.fetches) == 2 * 2
+
+
+def test_staged_copies_and_what_was_replaced_are_taken_before_the_checkpoint() -> None:
+    """Experts 6 and 7 died with their rank: one copy was on its way, the other had just been replaced."""
+    ranks = FakeRanks(config(FOUR)).start()
+    ranks.slow = {3}
+    ranks.spare = {1: np.array([[-1, 6], [7, -1]], dtype=np.int32)}
+    ranks.forget()
+    ranks.kill(3)
+    configure = ranks.said(Configure)[0]
+    assert configure.slots.tolist() == [3, 3, 2]  # what is spare is no room of its own
+    by_expert = {
+        (layer, int(configure.placement[layer, slot])): (rank, at) for layer, slot, rank, at in configure.fetches
+    }
+    assert by_expert == {(0, 6): (1, 3), (0, 7): (-1, 0), (1, 6): (-1, 0), (1, 7): (1, 2)}

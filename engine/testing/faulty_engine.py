@@ -35,8 +35,9 @@ class FaultyEngine:
     often as they are killed. Every method returns what was seen to happen, once it has been seen, and adds it to
     ``injected``; it raises :class:`~drumline.engine.testing.InjectionFailed` when that is not within ``timeout_s``
     seconds, for a rank that does not exist or a point that is never reached too. ``at``: None is now, by signal; the
-    number of a step, or a point ("loading", "leave", "regroup", "joining", "idle", "step", "prefill", "decode", "staging", "commit"),
-    has the rank do it to itself at the first time that it comes there. ``on_event`` is called with every event.
+    number of a step, or a point ("loading", "leave", "regroup", "joining", "idle", "step", "prefill", "decode",
+    "staging", "commit"), has the rank do it to itself at the first time that it comes there. ``on_event`` is called
+    with every event.
     """
 
     def __init__(

@@ -10,9 +10,9 @@ from typing import Any
 import click
 from rich.console import Console
 
-from drumline.engine.commands.parallel_options import SIZE_FIELDS, SIZE_OPTIONS, refuse_not_yet
+from drumline.engine.commands.parallel_options import SIZE_OPTIONS, parallel_config, refuse_not_yet
 from drumline.engine.commands.running import one_line
-from drumline.engine.config import DTYPES, CacheConfig, EngineConfig, ParallelConfig
+from drumline.engine.config import DTYPES, CacheConfig, EngineConfig
 from drumline.engine.layout_report.explain import Topic, explain
 from drumline.engine.layout_report.question import Question, ask, parse_bytes
 from drumline.engine.layout_report.report import LayoutReport, report
@@ -75,7 +75,7 @@ def _question(flags: dict[str, Any]) -> Question:
 
     config = EngineConfig(
         **given(("model", "dtype", "max_model_len")),
-        parallel=ParallelConfig(**given(SIZE_FIELDS)),
+        parallel=parallel_config(flags),
         cache=CacheConfig(**given(("block_size", "kv_cache_dtype", "gpu_memory_utilization"))),
     )
     memory = flags["gpu_memory"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from drumline.protocol.errors import InvalidConfig
 
 def by_rank(row: np.ndarray, slots: list[int]) -> list[set[int]]:
     bounds = np.cumsum([0, *slots])
-    return [set(row[a:b].tolist()) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [set(row[a:b].tolist()) for a, b in itertools.pairwise(bounds)]
 
 
 @pytest.mark.parametrize("slots", [[10, 10], [5, 5, 5, 5], [7, 7, 6]])

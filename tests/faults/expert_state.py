@@ -75,7 +75,7 @@ async def consistent(engine: AsyncEngine) -> ExpertState:
     for layer, by_place in layers.items():
         states = [state for _, state in sorted(by_place.items())]
         assert len({state.generation for state in states}) == 1, f"layer {layer} is mixed: {states}"
-        assert sum((state.held for state in states), []) == placement[layer].tolist(), f"layer {layer}"
+        assert [one for state in states for one in state.held] == placement[layer].tolist(), f"layer {layer}"
         for state in states:
             assert state.canaries == [layer * CANARY_OF_LAYER + expert for expert in state.held], state
         slots.add(tuple(len(state.held) for state in states))

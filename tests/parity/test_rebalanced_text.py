@@ -39,11 +39,8 @@ async def write(engine: AsyncEngine) -> list[Sequence]:
     """All prompts at once."""
 
     async def one(prompt: str) -> Sequence:
-        output = None
-        async for output in engine.generate(prompt, GREEDY):
-            pass
-        assert output is not None
-        return Sequence.of(output)
+        (last,) = [output async for output in engine.generate(prompt, GREEDY) if output.finished]
+        return Sequence.of(last)
 
     return list(await asyncio.gather(*(one(prompt) for prompt in (*PROSE, *CODE))))
 

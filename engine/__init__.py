@@ -12,14 +12,25 @@ from drumline.engine.lazy import lazy_names
 
 if TYPE_CHECKING:
     from drumline.engine.client import AsyncEngine
-    from drumline.engine.config import CacheConfig, EngineConfig, FaultConfig, ParallelConfig, SchedulerConfig
+    from drumline.engine.config import (
+        CacheConfig,
+        EngineConfig,
+        EPLBConfig,
+        FaultConfig,
+        ParallelConfig,
+        SchedulerConfig,
+    )
+    from drumline.engine.load_record import ExpertLoadRecord
     from drumline.engine.outputs import Logprob, RankReply, RequestOutput
     from drumline.engine.sampling_params import SamplingParams
+    from drumline.protocol.rebalance import rebalance_experts
 
 __all__ = [
     "AsyncEngine",
     "CacheConfig",
+    "EPLBConfig",
     "EngineConfig",
+    "ExpertLoadRecord",
     "FaultConfig",
     "Logprob",
     "ParallelConfig",
@@ -27,6 +38,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SchedulerConfig",
+    "rebalance_experts",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -34,7 +46,9 @@ __getattr__, __dir__ = lazy_names(
     {
         "AsyncEngine": "client",
         "CacheConfig": "config",
+        "EPLBConfig": "eplb_config",
         "EngineConfig": "config",
+        "ExpertLoadRecord": "load_record",
         "FaultConfig": "config",
         "ParallelConfig": "config",
         "SchedulerConfig": "config",
@@ -42,5 +56,6 @@ __getattr__, __dir__ = lazy_names(
         "RankReply": "outputs",
         "RequestOutput": "outputs",
         "SamplingParams": "sampling_params",
+        "rebalance_experts": "published",
     },
 )

@@ -7,12 +7,11 @@ from typing import Any, Protocol
 
 import zmq
 
+from drumline.engine.balance_desk import BalanceDesk
 from drumline.engine.client_connections import MAX_UNREAD, ClientConnection, Connections
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.outputs import ConnectionOutput
 from drumline.engine.keeping import Keeping
-from drumline.engine.layout_report.running import layout_facts
-from drumline.engine.resolve import ResolvedConfig
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
@@ -22,12 +21,15 @@ from drumline.protocol.messages import (
     BeatClient,
     CallRanks,
     Cancel,
+    ExpertLoadQuery,
     Failed,
     FromClient,
     Goodbye,
     HelloClient,
     InjectFaults,
+    LayoutFacts,
     LayoutQuery,
+    RebalanceExperts,
     Rejected,
     Resume,
     Resumed,
@@ -52,14 +54,6 @@ class ServingEngine(Protocol):
     def core(self) -> EngineCore | None:
         """None until every group is ready."""
 
-    @property
-    def resolved(self) -> ResolvedConfig:
-        """What it was started with."""
-
-    @property
-    def device(self) -> str:
-        """What the ranks compute on: cuda, cpu, or empty before one is ready."""
-
     def refusal(self) -> ErrorInfo | None:
         """Why nothing is admitted now, None while the engine serves."""
 
@@ -69,6 +63,13 @@ class ServingEngine(Protocol):
     @property
     def keeping(self) -> Keeping:
         """Through which everything about requests goes to clients."""
+
+    @property
+    def experts(self) -> BalanceDesk:
+        """What is asked of the balance of experts."""
+
+    def layout_facts(self, call_id: int) -> LayoutFacts:
+        """Which rank holds what, now."""
 
     def inject(self, connection: ClientConnection, message: InjectFaults, now: float) -> None:
         """Bring faults about and answer the connection."""
@@ -151,10 +152,13 @@ class ClientPort:
         elif isinstance(message, StatusQuery):
             self.connections.reply(connection, StatusReport(message.call_id, self._engine.status_json(now)))
         elif isinstance(message, LayoutQuery):
-            facts = layout_facts(message.call_id, self._engine.resolved, device=self._engine.device or "cuda")
-            self.connections.reply(connection, facts)
+            self.connections.reply(connection, self._engine.layout_facts(message.call_id))
         elif isinstance(message, CallRanks):
             self._engine.call_ranks(connection, message, now)
+        elif isinstance(message, RebalanceExperts):
+            self._engine.experts.rebalance(connection, message, now)
+        elif isinstance(message, ExpertLoadQuery):
+            self._engine.experts.expert_load(connection, message)
         elif isinstance(message, InjectFaults):
             self._engine.inject(connection, message, now)
         elif isinstance(message, Goodbye):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         ParallelConfig,
         SchedulerConfig,
     )
-    from drumline.engine.load_record import ExpertLoadRecord
+    from drumline.engine.expert_records import LoadRecord
     from drumline.engine.outputs import Logprob, RankReply, RequestOutput
     from drumline.engine.sampling_params import SamplingParams
     from drumline.protocol.rebalance import rebalance_experts
@@ -30,8 +30,8 @@ __all__ = [
     "CacheConfig",
     "EPLBConfig",
     "EngineConfig",
-    "ExpertLoadRecord",
     "FaultConfig",
+    "LoadRecord",
     "Logprob",
     "ParallelConfig",
     "RankReply",
@@ -48,14 +48,14 @@ __getattr__, __dir__ = lazy_names(
         "CacheConfig": "config",
         "EPLBConfig": "eplb_config",
         "EngineConfig": "config",
-        "ExpertLoadRecord": "load_record",
         "FaultConfig": "config",
+        "LoadRecord": "expert_records",
         "ParallelConfig": "config",
         "SchedulerConfig": "config",
         "Logprob": "outputs",
         "RankReply": "outputs",
         "RequestOutput": "outputs",
         "SamplingParams": "sampling_params",
-        "rebalance_experts": "published",
+        "rebalance_experts": ".protocol.rebalance",
     },
 )

@@ -1,12 +1,12 @@
-"""What the balance of experts needs of the world: plans from their own process, answers to who asked, a file of load."""
+"""What the balance of experts needs of the world: plans from another process, answers to who asked, a file of load."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
@@ -15,8 +15,9 @@ from drumline.engine.core.balance.plan import PlacementPlan, PlanRequest
 from drumline.engine.core.coordination import Coordination
 from drumline.engine.core.decisions import PlanWanted, Rebalanced
 from drumline.engine.core.expert_balance import ExpertBalance
+from drumline.engine.expert_calls import load_record
+from drumline.engine.expert_records import LoadRecord, save_load_record
 from drumline.engine.launch.planner import Planner
-from drumline.engine.load_record import ExpertLoadRecord
 from drumline.protocol.errors import ErrorInfo, InvalidConfig, InvalidRequest
 from drumline.protocol.messages import (
     NO_MATRIX,
@@ -27,8 +28,6 @@ from drumline.protocol.messages import (
     ExpertsRebalanced,
     RebalanceExperts,
 )
-
-log = logging.getLogger(__name__)
 
 MAX_TIMEOUT_S = 86400.0
 MAX_CALLERS = 1024
@@ -185,9 +184,9 @@ class _Recorder:
     """Writes the load record, one at a time, in a thread; of those that wait for it only the newest is kept."""
 
     def __init__(self, path: str, tell: Callable[[Event], None]) -> None:
-        self._path = path
+        self._path = Path(path).expanduser()
         self._tell = tell
-        self._waiting: ExpertLoadRecord | None = None
+        self._waiting: LoadRecord | None = None
         self._writing: asyncio.Task[None] | None = None
         self._in_trouble = False
 
@@ -195,7 +194,7 @@ class _Recorder:
         """Write ``load`` down, unless nothing has been counted: what the file has then says more."""
         if not len(load.steps):
             return
-        self._waiting = ExpertLoadRecord.of(load)
+        self._waiting = load_record(load)
         if self._writing is None or self._writing.done():
             self._writing = asyncio.get_running_loop().create_task(self._write_all(), name="load record")
 
@@ -203,12 +202,11 @@ class _Recorder:
         while self._waiting is not None:
             record, self._waiting = self._waiting, None
             try:
-                await asyncio.to_thread(record.save, self._path)
+                await asyncio.to_thread(save_load_record, self._path, record)
                 self._in_trouble = False
             except Exception as error:
-                log.warning("the load record %s cannot be written: %r", self._path, error)
                 if not self._in_trouble:
-                    self._tell(Event("warning", f"the expert load cannot be written to {self._path}: {error}"))
+                    self._tell(Event("warning", f"the record of expert load is not written: {error}"))
                 self._in_trouble = True
 
     async def close(self) -> None:

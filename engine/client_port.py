@@ -149,21 +149,26 @@ class ClientPort:
             connection.beats = True
         elif isinstance(message, Stop | Cancel | Resume):
             self._about_request(connection, message, now)
-        elif isinstance(message, StatusQuery):
-            self.connections.reply(connection, StatusReport(message.call_id, self._engine.status_json(now)))
-        elif isinstance(message, LayoutQuery):
-            self.connections.reply(connection, self._engine.layout_facts(message.call_id))
-        elif isinstance(message, CallRanks):
-            self._engine.call_ranks(connection, message, now)
-        elif isinstance(message, RebalanceExperts):
-            self._engine.experts.rebalance(connection, message, now)
-        elif isinstance(message, ExpertLoadQuery):
-            self._engine.experts.expert_load(connection, message)
-        elif isinstance(message, InjectFaults):
-            self._engine.inject(connection, message, now)
         elif isinstance(message, Goodbye):
             self.connections.remove(connection)
             self._engine.client_left(connection, now)
+        else:
+            self._about_engine(connection, message, now)
+
+    def _about_engine(self, connection: ClientConnection, message: FromClient, now: float) -> None:
+        engine, reply = self._engine, self.connections.reply
+        if isinstance(message, StatusQuery):
+            reply(connection, StatusReport(message.call_id, engine.status_json(now)))
+        elif isinstance(message, LayoutQuery):
+            reply(connection, engine.layout_facts(message.call_id))
+        elif isinstance(message, CallRanks):
+            engine.call_ranks(connection, message, now)
+        elif isinstance(message, RebalanceExperts):
+            engine.experts.rebalance(connection, message, now)
+        elif isinstance(message, ExpertLoadQuery):
+            engine.experts.expert_load(connection, message)
+        elif isinstance(message, InjectFaults):
+            engine.inject(connection, message, now)
 
     def _submit(self, connection: ClientConnection, message: Submit, now: float) -> None:
         core, refusal = self._engine.core, self._engine.refusal()

@@ -6,12 +6,13 @@ import abc
 import asyncio
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from drumline.engine.connection import Connection
-from drumline.engine.load_record import ExpertLoadRecord, save_load
+from drumline.engine.expert_records import LoadRecord, save_load_record
 from drumline.protocol.errors import InvalidRequest, ProtocolError, RequestFailed, from_info
 from drumline.protocol.messages import (
     NO_MATRIX,
@@ -56,14 +57,14 @@ class ExpertCalls(abc.ABC):
             raise ProtocolError("the coordinator answered to rebalance_experts without a report")
         return answer.report
 
-    async def expert_load(self) -> ExpertLoadRecord:
+    async def expert_load(self) -> LoadRecord:
         """The expert load of the window, in at most 8 snapshots, and the placement of now. Raises
         :class:`InvalidRequest` for an engine that was not made with ``enable_eplb``."""
         connection, _ = self._require_ready()
         load: ExpertLoad = await connection.call(ExpertLoadQuery, "expert_load")
         if load.error is not None:
             raise from_info(load.error)
-        return ExpertLoadRecord.of(load)
+        return load_record(load)
 
     async def save_expert_load(self, path: str | os.PathLike[str]) -> None:
         """Writes the load record, an .npz that ``init_placement`` takes. Raises ``RequestFailed`` while nothing has
@@ -71,7 +72,18 @@ class ExpertCalls(abc.ABC):
         record = await self.expert_load()
         if not len(record.steps):
             raise RequestFailed("no expert load has been reported yet: ranks report every load_interval steps")
-        await asyncio.to_thread(save_load, record, path)
+        await asyncio.to_thread(_save, path, record)
+
+
+def _save(path: str | os.PathLike[str], record: LoadRecord) -> None:
+    save_load_record(Path(path).expanduser(), record)
+
+
+def load_record(load: ExpertLoad) -> LoadRecord:
+    """What the coordinator says of its window."""
+    snapshots = len(load.steps)
+    tokens = load.tokens.reshape(snapshots, load.num_layers, -1) if snapshots else np.zeros((0, load.num_layers, 0))
+    return LoadRecord(tokens.astype(np.float64), load.steps.astype(np.int64), load.placement)
 
 
 def _placement(plan: Any) -> I32Matrix:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from drumline.engine.core.balance.plan import PlanRequest
 from drumline.engine.expert_records import F64, LoadRecord, read_expert_placement
 from drumline.engine.parallel_config import ParallelConfig
 from drumline.protocol.errors import InvalidConfig
@@ -77,13 +78,12 @@ def _check_copies(path: Path, maps: PlacementMaps, layout: Layout) -> None:
 
 def _planned(path: Path, tokens: F64, first: I32, spec: ModelSpec, layout: Layout) -> I32:
     """What the policy makes of a recorded load."""
-    from drumline.engine.core.balance.plan import PlanRequest
-    from drumline.engine.core.balance.policies import make_plan
-
     layers = len(spec.moe_layers)
     if tokens.shape[1:] != (layers, spec.num_experts):
         valid = f"(snapshots, {layers}, {spec.num_experts}): MoE layers and experts of the model"
         raise InvalidConfig(FIELD, f"tokens of shape {tokens.shape} in {path}", valid)
+    from drumline.engine.core.balance.policies import make_plan
+
     slots = np.array(slots_per_rank(first.shape[1], layout.ep_size), dtype=np.int32)
     request = PlanRequest(
         number=0,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` for ``package``. ``homes``: by name, the module of the package that has it; with a dot before it
-    it is one of the package around it."""
+    """``__getattr__`` and ``__dir__`` for ``package``. ``homes``: by name, the module of the package that has it; one
+    with a dot before it is of the package around that."""
 
     def find(name: str) -> object:
         home = homes.get(name)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from drumline.engine.load_record import Array, read_arrays
+from drumline.engine.core.balance.plan import PlanRequest
+from drumline.engine.expert_records import F64, LoadRecord, read_expert_placement
 from drumline.engine.parallel_config import ParallelConfig
-from drumline.protocol.configfields import read_json_object
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.layout import Layout, slots_per_rank
-from drumline.protocol.messages import I32, NO_NUMBERS
+from drumline.protocol.messages import I32, NO_NUMBERS, I32Matrix
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.placement import PlacementMaps, initial_placement
 
@@ -41,58 +41,25 @@ def first_placement(parallel: ParallelConfig, spec: ModelSpec, layout: Layout) -
     if name is None:
         return by_strategy
     path = Path(name).expanduser()
-    placement, tokens = _read(path)
-    if tokens is not None:
-        return _planned(path, tokens, by_strategy, spec, layout)
-    return _checked(path, placement, by_strategy, spec, layout)
+    found = read_expert_placement(path, FIELD)
+    if isinstance(found, LoadRecord):
+        return _planned(path, found.tokens, by_strategy, spec, layout)
+    return _checked(path, found, by_strategy, spec, layout)
 
 
-def _read(path: Path) -> tuple[Array, Array | None]:
-    """The placement of a file, or its load."""
-    arrays = _json_arrays(path) if path.suffix == ".json" else read_arrays(FIELD, path)
-    # The longer names are those of files that are made for SGLang.
-    tokens = next((arrays[name] for name in ("tokens", "logical_count") if name in arrays), None)
-    placement = next(
-        (arrays[name] for name in ("physical_to_logical", "physical_to_logical_map") if name in arrays), None
-    )
-    if tokens is None and placement is None:
-        found = ", ".join(sorted(arrays)[:10]) or "nothing"
-        raise InvalidConfig(FIELD, f"{path}: {found}", "physical_to_logical, or tokens: a load record")
-    return np.zeros((0, 0), dtype=np.int32) if placement is None else placement, tokens
-
-
-def _json_arrays(path: Path) -> dict[str, Array]:
-    try:
-        values = read_json_object(path)
-    except InvalidConfig as error:
-        raise InvalidConfig(
-            FIELD, f"{path}: {error.found}", f"{error.valid}: {{'physical_to_logical': [[...]]}}"
-        ) from error
-    arrays: dict[str, Array] = {}
-    for name, value in values.items():
-        try:
-            arrays[name] = np.array(value)
-        except ValueError as error:
-            raise InvalidConfig(FIELD, f"{path}: {name}: {error}", "lists of numbers, all as long") from error
-    return arrays
-
-
-def _checked(path: Path, placement: Array, first: I32, spec: ModelSpec, layout: Layout) -> I32:
-    """A placement that somebody else made; of one by time, the last."""
-    shown = f"{path}: physical_to_logical, {placement.dtype} {placement.shape}"
-    if placement.ndim == 3 and len(placement):
-        placement = placement[-1]
-    layers, slots = first.shape
-    if placement.shape != first.shape or not np.issubdtype(placement.dtype, np.integer):
+def _checked(path: Path, placement: I32Matrix, first: I32, spec: ModelSpec, layout: Layout) -> I32:
+    """A placement that somebody else made."""
+    if placement.shape != first.shape:
+        layers, slots = first.shape
         valid = (
-            f"whole numbers ({layers}, {slots}): MoE layers, and slots for {spec.num_experts} experts and "
-            f"{slots - spec.num_experts} redundant ones; or (time, {layers}, {slots}), whose last is taken"
+            f"({layers}, {slots}): MoE layers, and slots for {spec.num_experts} experts and "
+            f"{slots - spec.num_experts} redundant ones"
         )
-        raise InvalidConfig(FIELD, shown, valid)
+        raise InvalidConfig(FIELD, f"physical_to_logical of shape {placement.shape} in {path}", valid)
     try:
         maps = PlacementMaps.build(placement, spec.num_experts, layout.ep_size)
     except InvalidConfig as error:
-        raise InvalidConfig(FIELD, f"{path}: {error.found}", error.valid) from error
+        raise InvalidConfig(FIELD, f"{error.found} in {path}", error.valid) from error
     _check_copies(path, maps, layout)
     return np.ascontiguousarray(maps.physical_to_logical)
 
@@ -105,25 +72,18 @@ def _check_copies(path: Path, maps: PlacementMaps, layout: Layout) -> None:
         twice = np.argwhere(held[:, 1:] == held[:, :-1])
         if len(twice):
             layer, place = twice[0]
-            found = f"{path}: two copies of expert {held[layer, place]} of MoE layer {layer} on ep rank {rank}"
+            found = f"two copies of expert {held[layer, place]} of MoE layer {layer} on ep rank {rank} in {path}"
             raise InvalidConfig(FIELD, found, f"one at most: slots {own.start} to {own.stop - 1} are those of the rank")
 
 
-def _planned(path: Path, tokens: Array, first: I32, spec: ModelSpec, layout: Layout) -> I32:
+def _planned(path: Path, tokens: F64, first: I32, spec: ModelSpec, layout: Layout) -> I32:
     """What the policy makes of a recorded load."""
-    from drumline.engine.core.balance.plan import PlanRequest
+    layers = len(spec.moe_layers)
+    if tokens.shape[1:] != (layers, spec.num_experts):
+        valid = f"(snapshots, {layers}, {spec.num_experts}): MoE layers and experts of the model"
+        raise InvalidConfig(FIELD, f"tokens of shape {tokens.shape} in {path}", valid)
     from drumline.engine.core.balance.policies import make_plan
 
-    shown = f"{path}: tokens, {tokens.dtype} {tokens.shape}"
-    if tokens.ndim == 2:
-        tokens = tokens[None]
-    layers = len(spec.moe_layers)
-    numbers = np.issubdtype(tokens.dtype, np.integer) or np.issubdtype(tokens.dtype, np.floating)
-    if not numbers or tokens.ndim != 3 or not len(tokens) or tokens.shape[1:] != (layers, spec.num_experts):
-        valid = f"numbers (snapshots, {layers}, {spec.num_experts}): at least one snapshot, MoE layers, experts"
-        raise InvalidConfig(FIELD, shown, valid)
-    if not np.isfinite(tokens).all() or tokens.min() < 0:
-        raise InvalidConfig(FIELD, f"{shown} with numbers below 0 or not finite", "finite numbers from 0")
     slots = np.array(slots_per_rank(first.shape[1], layout.ep_size), dtype=np.int32)
     request = PlanRequest(
         number=0,
@@ -139,5 +99,5 @@ def _planned(path: Path, tokens: Array, first: I32, spec: ModelSpec, layout: Lay
     )
     plan = make_plan(request, time.perf_counter)
     if plan.error:
-        raise InvalidConfig(FIELD, f"{path}: {plan.error}", "a load that a placement can be planned from")
+        raise InvalidConfig(FIELD, f"{plan.error}: {path}", "a load that a placement can be planned from")
     return plan.placement

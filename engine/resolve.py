@@ -15,7 +15,6 @@ import msgspec
 from drumline.engine.config import DTYPES, EngineConfig, check_chunked_prefill
 from drumline.engine.core.config import CoreConfig
 from drumline.engine.first_placement import first_placement
-from drumline.engine.load_record import check_record_path
 from drumline.engine.parallel_config import DEFAULT_DISTRIBUTED_TIMEOUT_S
 from drumline.engine.parallel_layout import balances, layout_warnings, parallel_layout
 from drumline.protocol.checkpoint import CheckpointIndex
@@ -107,8 +106,7 @@ def resolve(config: EngineConfig) -> ResolvedConfig:
     placements: dict[int, I32] = {}
     if spec.is_moe:
         placements = dict.fromkeys(range(len(groups)), first_placement(parallel, spec, layout))
-    if parallel.eplb_config.record_path is not None:
-        check_record_path("record_path", parallel.eplb_config.record_path)
+    _check_record(parallel.eplb_config.record_path)
     return ResolvedConfig(
         config=config,
         spec=spec,
@@ -121,6 +119,13 @@ def resolve(config: EngineConfig) -> ResolvedConfig:
         tokenizer=_tokenizer(config, folder),
         warnings=(*_dtype_warnings(config, spec), *layout_warnings(parallel, layout, spec)),
     )
+
+
+def _check_record(path: str | None) -> None:
+    if path is not None:
+        file = Path(path).expanduser()
+        if file.is_dir() or not file.parent.is_dir():
+            raise InvalidConfig("record_path", path, "a file, in a folder that exists")
 
 
 def longest_context(config: EngineConfig, spec: ModelSpec) -> int:

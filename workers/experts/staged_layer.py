@@ -29,8 +29,9 @@ class _Coming:
 
 
 class StagedLayer:
-    """``rounds``: the moves of each round, this rank's and those of others. ``wanted``: int32 (slots,), what this rank's
-    slots are to hold. Raises ProtocolError, before anything is changed, for an order that the layer does not fit."""
+    """``rounds``: the moves of each round, this rank's and those of others. ``wanted``: int32 (slots,), what this
+    rank's slots are to hold. Raises ProtocolError, before anything is changed, for an order that the layer does not
+    fit."""
 
     def __init__(
         self,
@@ -98,7 +99,8 @@ class StagedLayer:
         return self._next == self._num_parts and not self.pending
 
     def start(self, first: int, end: int, group: GroupCoordinator | None) -> None:
-        """Start parts ``first`` to ``end``; local ones are copied at once. Raises ProtocolError unless they are next."""
+        """Start parts ``first`` to ``end``; local ones are copied at once. Raises ProtocolError unless they are
+        next."""
         if first != self._next or end > self._num_parts or self.committed or self.dropping:
             found = f"parts {first} to {end} of generation {self.generation}"
             raise ProtocolError(f"{found}; valid: from {self._next}, to {self._num_parts} at most")

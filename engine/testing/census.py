@@ -36,7 +36,8 @@ class Holding(msgspec.Struct, frozen=True):
 
 
 class Census(msgspec.Struct, frozen=True):
-    """``roles``: app, supervisor, coordinator, forkserver, planner, ranks and other. ``shared_memory``: entries of /dev/shm."""
+    """``roles``: app, supervisor, coordinator, forkserver, planner, ranks and other. ``shared_memory``: entries of
+    /dev/shm."""
 
     roles: dict[str, Holding]
     shared_memory: int

@@ -17,7 +17,7 @@ from drumline.protocol.errors import DrumlineError, InvalidConfig
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-MAX_ARRAY_BYTES = 4 << 30
+MAX_ARRAY_BYTES = 2 << 30
 _TROUBLE = (
     OSError,
     ValueError,

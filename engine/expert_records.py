@@ -19,6 +19,7 @@ I64: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 TOKENS, STEPS, PLACEMENT = "tokens", "steps", "physical_to_logical"
 MAX_TOKENS = 1e30
 """Of one expert: sums over all of them must stay numbers in float32."""
+MAX_NUMBERS = 1 << 28
 _COUNTS = f"finite numbers from 0 to {MAX_TOKENS:g}"
 
 
@@ -107,6 +108,8 @@ def _loads(file: ArrayFile, key: str, dimensions: tuple[int, ...] = (2, 3)) -> F
     if array.ndim not in dimensions or not array.size:
         valid = "(time, layers, experts), each from 1" + (", or (layers, experts)" if 2 in dimensions else "")
         raise file.invalid(f"array {key!r} of shape {array.shape}", valid)
+    if array.size > MAX_NUMBERS:
+        raise file.invalid(f"{array.size:,} numbers in array {key!r}", f"at most {MAX_NUMBERS:,}")
     tokens = array.astype(np.float64)
     wrong = ~((tokens >= 0) & (tokens <= MAX_TOKENS))
     if wrong.any():

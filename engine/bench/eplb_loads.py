@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from drumline.engine.expert_records import MAX_NUMBERS
 from drumline.protocol.errors import InvalidConfig
 
 F64: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -14,7 +15,6 @@ F64: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 TOKENS_PER_EXPERT = 4096
 """What the mean expert gets in one time: how much chance there is in a count follows from it."""
 SIGMA, EXPONENT, DRIFT, NOISE = 1.0, 1.2, 0.3, 0.05
-MAX_NUMBERS = 1 << 28
 
 
 def synthetic_loads(kind: str, times: int, layers: int, experts: int, seed: int = 0) -> F64:
@@ -46,7 +46,8 @@ def _shares(popularity: F64) -> F64:
 
 
 def _counted(random: np.random.Generator, shares: F64) -> F64:
-    return random.poisson(shares * (TOKENS_PER_EXPERT * shares.shape[-1])).astype(np.float64)
+    tokens: F64 = random.poisson(shares * (TOKENS_PER_EXPERT * shares.shape[-1])).astype(np.float64)
+    return tokens
 
 
 def _fixed(random: np.random.Generator, times: int, layers: int, experts: int) -> F64:

@@ -150,7 +150,7 @@ class _NodeMember(CountingMember):
 
 
 def test_the_nearest_holder_sends() -> None:
-    old, new = int32([0, 1, 0, 1]), int32([0, 0, 0, 0])
+    old, new = int32([0, 1, 1, 0]), int32([0, 1, 0, 0])
     group = ThreadGroup(range(4))
     members = [_NodeMember(group.member(rank)) for rank in range(4)]
     old_t, new_t = torch.from_numpy(old), torch.from_numpy(new)
@@ -159,7 +159,7 @@ def test_the_nearest_holder_sends() -> None:
         rearrange_expert_weights_inplace(old_t, new_t, rank_weights(old[:, rank : rank + 1]), members[rank])
 
     on_each(range(4), run)
-    assert [member.sent // EXPERT_BYTES for member in members] == [1, 0, 1, 0]
+    assert [member.sent // EXPERT_BYTES for member in members] == [0, 0, 0, 1]
 
 
 # --------------------------------------------------------------------------------------------------- ranks come and go
@@ -250,9 +250,10 @@ def test_an_expert_that_only_a_rank_that_is_gone_had_is_named() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_moves(change: dict[str, Any], said: str) -> None:
-    arguments = {"old": [[0, 1, 2, 3]], "new": [[3, 2, 1, 0]], "ep_group": ThreadGroup(range(2)).member(0)} | change
+    member = ThreadGroup(range(2)).member(0)
+    arguments: dict[str, Any] = {"old": [[0, 1, 2, 3]], "new": [[3, 2, 1, 0]], "ep_group": member} | change
     weights = rank_weights(int32([0, 1]))
-    options = {name: arguments[name] for name in ("slots", "rank_mapping") if name in arguments}
+    options: dict[str, Any] = {name: arguments[name] for name in ("slots", "rank_mapping") if name in arguments}
     with pytest.raises(InvalidConfig, match=said):
         rearrange_expert_weights_inplace(
             torch.tensor(arguments["old"]),

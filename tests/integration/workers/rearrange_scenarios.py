@@ -18,6 +18,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # exported, but n
 
 from drumline.protocol.messages import I32Matrix
 from drumline.workers.experts import rearrange_expert_weights_inplace
+from drumline.workers.experts.process_group import expert_group
 from drumline.workers.groups import GroupCoordinator
 from tests.unit.workers.shuffles import check_held, least_bytes, random_placement, rank_weights
 
@@ -109,6 +110,11 @@ def over_a_process_group_of_torch(rank: Rank) -> str:
     weights = rank_weights(old[:, 4 * rank.rank : 4 * rank.rank + 4])
     _rearrange(group, weights, old, new, None)
     check_held(weights, new[:, 4 * rank.rank : 4 * rank.rank + 4])
+    counts = [(3 * position) % 4 for position in range(rank.world)]
+    rows = [torch.full((count, 2), position) for position, count in enumerate(counts)]
+    adapted = expert_group(group, torch.device("cpu"))
+    assert torch.equal(adapted.all_gather_rows(rows[rank.rank], counts), torch.cat(rows))
+    assert adapted.all_gather_rows(rows[0], [0] * rank.world).shape == (0, 2)
     # Over its own collectives: whoever is late would otherwise find the others' sockets closed.
     group.barrier().wait()
     return "held"

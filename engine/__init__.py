@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from drumline.engine.config import CacheConfig, EngineConfig, FaultConfig, ParallelConfig, SchedulerConfig
     from drumline.engine.outputs import Logprob, RankReply, RequestOutput
     from drumline.engine.sampling_params import SamplingParams
+    from drumline.protocol.rebalance import rebalance_experts
 
 __all__ = [
     "AsyncEngine",
@@ -27,6 +28,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SchedulerConfig",
+    "rebalance_experts",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -42,5 +44,6 @@ __getattr__, __dir__ = lazy_names(
         "RankReply": "outputs",
         "RequestOutput": "outputs",
         "SamplingParams": "sampling_params",
+        "rebalance_experts": ".protocol.rebalance",
     },
 )

@@ -12,7 +12,15 @@ from drumline.engine.lazy import lazy_names
 
 if TYPE_CHECKING:
     from drumline.engine.client import AsyncEngine
-    from drumline.engine.config import CacheConfig, EngineConfig, FaultConfig, ParallelConfig, SchedulerConfig
+    from drumline.engine.config import (
+        CacheConfig,
+        EngineConfig,
+        EPLBConfig,
+        FaultConfig,
+        ParallelConfig,
+        SchedulerConfig,
+    )
+    from drumline.engine.expert_records import LoadRecord
     from drumline.engine.outputs import Logprob, RankReply, RequestOutput
     from drumline.engine.sampling_params import SamplingParams
     from drumline.protocol.rebalance import rebalance_experts
@@ -20,8 +28,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncEngine",
     "CacheConfig",
+    "EPLBConfig",
     "EngineConfig",
     "FaultConfig",
+    "LoadRecord",
     "Logprob",
     "ParallelConfig",
     "RankReply",
@@ -36,8 +46,10 @@ __getattr__, __dir__ = lazy_names(
     {
         "AsyncEngine": "client",
         "CacheConfig": "config",
+        "EPLBConfig": "eplb_config",
         "EngineConfig": "config",
         "FaultConfig": "config",
+        "LoadRecord": "expert_records",
         "ParallelConfig": "config",
         "SchedulerConfig": "config",
         "Logprob": "outputs",

@@ -12,9 +12,11 @@ from drumline.engine.launch import coordinator_keeper, forkserver_pipe
 from drumline.engine.testing.processes import command, family, name
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+PLANNER_MODULE = "drumline.engine.planner_main"
 _ROLES = {
     "coordinator": coordinator_keeper.MODULE,
     "forkserver": forkserver_pipe.MODULE,
+    "planner": PLANNER_MODULE,
     "supervisor": "drumline.engine.supervisor",
 }
 
@@ -35,7 +37,8 @@ class Holding(msgspec.Struct, frozen=True):
 
 
 class Census(msgspec.Struct, frozen=True):
-    """``roles``: app, supervisor, coordinator, forkserver, ranks and other. ``shared_memory``: entries of /dev/shm."""
+    """``roles``: app, supervisor, coordinator, planner, forkserver, ranks and other. ``shared_memory``: entries of
+    /dev/shm."""
 
     roles: dict[str, Holding]
     shared_memory: int

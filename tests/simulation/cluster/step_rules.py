@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from drumline.engine.core.batch_table import DECODE, PREFILL
@@ -15,10 +17,12 @@ from tests.simulation.worker import RuleBrokenError
 
 
 class ClusterStepRules:
-    """Watches the steps of all groups of one core: lockstep, steps in flight, waves, lanes, order."""
+    """Watches the steps of all groups of one core: lockstep, steps in flight, waves, lanes, order. ``see`` is shown one
+    of each."""
 
-    def __init__(self, core: EngineCore, config: CoreConfig) -> None:
+    def __init__(self, core: EngineCore, config: CoreConfig, see: Callable[[Step], None]) -> None:
         self._core = core
+        self._see = see
         self._plan, self._fail = core.plan, core.fail
         core.plan, core.fail = self.plan, self.fail  # type: ignore[method-assign]  # all of them come through here
         self._groups = groups_of(core)
@@ -48,8 +52,10 @@ class ClusterStepRules:
 
     def plan(self, now: float) -> list[tuple[int, Step]]:
         """What the core plans, looked at before anything else happens."""
+        self.note_finished_waves()
         planned = self._plan(now)
         if planned:
+            self._see(planned[0][1])
             self._check(planned)
         return planned
 
@@ -65,10 +71,13 @@ class ClusterStepRules:
                 raise RuleBrokenError(f"replicas of one group get different steps: {first} and {step}")
             if step.num_tokens_across_dp.tolist() != first.num_tokens_across_dp.tolist():
                 raise RuleBrokenError("replicas are told different token counts")
+            if step.shuffle != first.shuffle:
+                raise RuleBrokenError(f"replicas are to move experts by {first.shuffle} and {step.shuffle}")
             # The first step of an epoch restates the rows of all lanes.
             if step.step and any(admit.lane != step.lane for admit in step.admitted):
                 raise RuleBrokenError(f"a row of another lane is admitted in a step of lane {step.lane}")
-        if len(first.num_tokens_across_dp) != len(wanted) or not first.num_tokens_across_dp.any():
+        idle = not first.num_tokens_across_dp.any() and first.shuffle is None
+        if len(first.num_tokens_across_dp) != len(wanted) or idle:
             raise RuleBrokenError(f"step {first.step} computes {first.num_tokens_across_dp.tolist()}")
         if sum(1 for record in group.in_flight if record.missing) > self._limit:
             raise RuleBrokenError(f"{len(group.in_flight)} steps in flight")

@@ -45,8 +45,8 @@ NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 class SimRank(RankConnection):
     """A process. ``run`` is the epoch that it is in, ``held`` what its expert slots hold, ``spare``, int32 (moe_layers,
-    any number), what it has whole besides. ``layer``: whose experts are being moved, ``generation``: the newest that it
-    was told to stage. ``begun``: the newest step that its main thread has come to."""
+    any number), what it has whole besides. ``layer``: whose experts are being moved, ``generation``: the newest
+    (term, generation) that it was told to stage. ``begun``: the newest step that its main thread has come to."""
 
     def __init__(self, cluster: Cluster, rank: int, token: str, pid: int) -> None:
         super().__init__(cluster, rank, token, pid)
@@ -55,7 +55,7 @@ class SimRank(RankConnection):
         self.held = NOTHING
         self.spare = NOTHING
         self.layer: RankLayer | None = None
-        self.generation = 0
+        self.generation = (0, 0)
         self.run: EpochRun | None = None
         self.runs = 0
         self.inbox: deque[Step | StageExperts | CancelStage] = deque()

@@ -44,8 +44,9 @@ class EpochShuffles:
 
     def stage(self, process: SimRank, message: StageExperts) -> None:
         """The main thread of ``process`` comes to a StageExperts."""
-        if message.generation <= process.generation:
-            process.out_of_order(f"is to stage generation {message.generation} after {process.generation}")
+        told = (message.term, message.generation)
+        if told <= process.generation:
+            process.out_of_order(f"is to stage generation {told} after {process.generation}")
             return
         if process.layer is not None and not process.layer.is_over:
             process.out_of_order(f"is to stage generation {message.generation}: {process.layer} is under way")
@@ -59,7 +60,7 @@ class EpochShuffles:
         if process in self._unaware[message.generation]:
             process.out_of_order(f"is to stage generation {message.generation} after a step that names it")
             return
-        process.generation = message.generation
+        process.generation = told
         process.layer = RankLayer(message, record.moves)
         self.poll(process)
 

@@ -32,6 +32,7 @@ class ClusterStepRules:
         self._last_lane = [config.pipeline_parallel_size - 1] * len(self._groups)
         self._next_wave = [0] * len(self._groups)
         self._stepped = [False] * len(self._groups)
+        self._demanded = [False] * len(self._groups)
         self._last = [(-1, -1)] * len(self._groups)
 
     def note_finished_waves(self) -> None:
@@ -89,6 +90,10 @@ class ClusterStepRules:
         if step.epoch < last_epoch or step.step != (last_step + 1 if step.epoch == last_epoch else 0):
             raise RuleBrokenError(f"group {index}: step {step.step} of epoch {step.epoch} after {self._last[index]}")
         self._last[index] = (step.epoch, step.step)
+        if self._demanded[index] and step.wave == self._next_wave[index] - 1:
+            # Work that comes while steps run for what they carry alone may join their wave.
+            self._next_wave[index] -= 1
+        self._demanded[index] = self._groups[index].unfinished == 0
         if step.wave != self._next_wave[index]:
             raise RuleBrokenError(f"group {index}: a step of wave {step.wave}, expected {self._next_wave[index]}")
         self._stepped[index] = True

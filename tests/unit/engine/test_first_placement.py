@@ -31,7 +31,8 @@ def resolved(init: Path | None = None, **changes: Any) -> ResolvedConfig:
 
 def started_with(init: Path | None = None) -> I32:
     placement: I32 = resolved(init).placements[0]
-    assert (placement.dtype, placement.flags.c_contiguous) == (np.int32, True)
+    assert placement.dtype == np.int32
+    assert placement.flags.c_contiguous
     return placement
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
+from drumline.engine.config import EngineConfig
 from drumline.engine.core.balance.plan import PlanRequest
-from drumline.engine.expert_records import F64, LoadRecord, read_expert_placement
+from drumline.engine.expert_records import F64, LoadRecord, read_expert_placement, save_placements
 from drumline.engine.parallel_config import ParallelConfig
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.layout import Layout, slots_per_rank
@@ -17,6 +19,7 @@ from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.placement import PlacementMaps, initial_placement
 
 FIELD = "init_placement"
+OWN_FILE = "placement.npz"
 POLICY = "global"
 """Nothing stands anywhere yet, so that no move costs anything."""
 
@@ -45,6 +48,19 @@ def first_placement(parallel: ParallelConfig, spec: ModelSpec, layout: Layout) -
     if isinstance(found, LoadRecord):
         return _planned(path, found.tokens, by_strategy, spec, layout)
     return _checked(path, found, by_strategy, spec, layout)
+
+
+def with_own_file(config: EngineConfig, placement: I32 | None, folder: str) -> EngineConfig:
+    """The same engine, which finds the placement that it starts with in ``folder``: whoever follows a coordinator reads
+    it there, whatever has become of the user's file. Raises DrumlineError when it cannot be written."""
+    eplb = config.parallel.eplb_config
+    if eplb.init_placement is None or placement is None:
+        return config
+    own = Path(folder) / OWN_FILE
+    save_placements(own, placement[None])
+    eplb = msgspec.structs.replace(eplb, init_placement=str(own))
+    parallel = msgspec.structs.replace(config.parallel, eplb_config=eplb)
+    return msgspec.structs.replace(config, parallel=parallel)
 
 
 def _checked(path: Path, placement: I32Matrix, first: I32, spec: ModelSpec, layout: Layout) -> I32:

@@ -12,6 +12,7 @@ import pytest
 
 from drumline.engine.config import EngineConfig, EPLBConfig, ParallelConfig
 from drumline.engine.expert_records import LoadRecord, save_load_record, save_placements
+from drumline.engine.first_placement import with_own_file
 from drumline.engine.resolve import ResolvedConfig, resolve
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.layout import slots_per_rank
@@ -91,6 +92,19 @@ def test_a_placement_that_the_model_cannot_have_is_refused(
         resolved(path)
     assert refused.value.field == "init_placement"
     assert str(path) in refused.value.text
+
+
+def test_what_was_started_with_is_found_again_when_the_users_file_is_gone(tmp_path: Path) -> None:
+    path, folder = tmp_path / "p.json", tmp_path / "own"
+    folder.mkdir()
+    path.write_text(json.dumps({"physical_to_logical": SWAPPED.tolist()}))
+    first = resolved(path)
+    config = with_own_file(first.config, first.placements[0], str(folder))
+    path.unlink()
+    np.testing.assert_array_equal(resolve(config).placements[0], SWAPPED)
+    assert resolve(config).digest == first.digest
+    plain = resolved()
+    assert with_own_file(plain.config, plain.placements[0], str(folder)) is plain.config
 
 
 def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from drumline.engine.config import EngineConfig
 from drumline.engine.core.balance.plan import PlanRequest
+from drumline.engine.core.balance.policies import make_plan
 from drumline.engine.expert_records import F64, LoadRecord, read_expert_placement, save_placements
 from drumline.engine.parallel_config import ParallelConfig
 from drumline.protocol.errors import InvalidConfig
@@ -20,8 +21,8 @@ from drumline.protocol.placement import PlacementMaps, initial_placement
 
 FIELD = "init_placement"
 OWN_FILE = "placement.npz"
-POLICY = "global"
-"""Nothing stands anywhere yet, so that no move costs anything."""
+PLANS = 3
+"""At most so many, each from the one before: nothing stands anywhere yet, so that no move costs anything."""
 
 
 def strategy_placement(parallel: ParallelConfig, spec: ModelSpec, layout: Layout) -> I32:
@@ -98,12 +99,10 @@ def _planned(path: Path, tokens: F64, first: I32, spec: ModelSpec, layout: Layou
     if tokens.shape[1:] != (layers, spec.num_experts):
         valid = f"(snapshots, {layers}, {spec.num_experts}): MoE layers and experts of the model"
         raise InvalidConfig(FIELD, f"tokens of shape {tokens.shape} in {path}", valid)
-    from drumline.engine.core.balance.policies import make_plan
-
     slots = np.array(slots_per_rank(first.shape[1], layout.ep_size), dtype=np.int32)
     request = PlanRequest(
         number=0,
-        policy=POLICY,
+        policy="incremental",
         num_layers=layers,
         load=tokens.reshape(-1, spec.num_experts).astype(np.float32),
         placement=first,
@@ -113,7 +112,12 @@ def _planned(path: Path, tokens: F64, first: I32, spec: ModelSpec, layout: Layou
         max_moved=1.0,
         min_gain=0.0,
     )
-    plan = make_plan(request, time.perf_counter)
-    if plan.error:
-        raise InvalidConfig(FIELD, f"{plan.error}: {path}", "a load that a placement can be planned from")
-    return plan.placement
+    placement = first
+    for _ in range(PLANS):
+        plan = make_plan(msgspec.structs.replace(request, placement=placement), time.perf_counter)
+        if plan.error:
+            raise InvalidConfig(FIELD, f"{plan.error}: {path}", "a load that a placement can be planned for")
+        placement = plan.placement
+        if not len(plan.moves):
+            break
+    return placement

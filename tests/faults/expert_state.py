@@ -28,8 +28,10 @@ class ExpertState:
 
     @property
     def turned(self) -> I32Matrix:
-        """Another placement, for which most experts travel."""
-        return turned(self.placement, self.slots)
+        """Another placement, for which most experts of every other layer travel."""
+        other = self.placement.copy()
+        other[::2] = turned(self.placement[::2], self.slots)
+        return other
 
 
 class LayerState(msgspec.Struct, array_like=True, frozen=True):

@@ -16,7 +16,7 @@ from drumline.engine.testing import FaultyEngine
 from drumline.engine.testing.census import role_of
 from drumline.engine.testing.processes import Process, family
 from drumline.protocol.errors import DrumlineError
-from drumline.protocol.messages import RebalanceReport
+from drumline.protocol.messages import I32Matrix, RebalanceReport
 from drumline.protocol.status import EngineStatus, EplbStatus
 from tests.faults.expert_state import ExpertState, at_rest, consistent
 from tests.faults.matrix import LAYOUTS
@@ -102,12 +102,10 @@ class Shuffles:
     async def kill_after_the_commit(self, rank: int) -> None:
         """The first layer has its new experts, and they are on their way from the buffers to their slots."""
         async with self._moving("after the commit", "cancelled") as moving:
-            before = _generations(await self._status())
             report = await moving()
-            await self._until(
-                lambda eplb: sum(layer.generation for layer in eplb.layers) > before and eplb.state == "moving",
-                "no layer was committed",
-            )
+            deadline = time.monotonic() + WITHIN_S
+            while (await self._placement() == self.state.placement).all():
+                assert time.monotonic() < deadline, "no layer was committed"
             await self.faulty.kill(rank)
             await self._ended(report)
 
@@ -190,6 +188,9 @@ class Shuffles:
     async def _status(self) -> EngineStatus:
         return await self.faulty.engine.status()
 
+    async def _placement(self) -> I32Matrix:
+        return (await self.faulty.engine.expert_load()).physical_to_logical
+
     async def _until(self, condition: Callable[[EplbStatus], bool], what: str) -> None:
         deadline = time.monotonic() + WITHIN_S
         while True:
@@ -210,8 +211,3 @@ class Shuffles:
             await at_rest(self.faulty.engine)
             await self.faulty.engine.rebalance_experts()
         raise AssertionError("no planner was started for a plan")
-
-
-def _generations(status: EngineStatus) -> int:
-    assert status.eplb is not None
-    return sum(layer.generation for layer in status.eplb.layers)

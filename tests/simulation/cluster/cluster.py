@@ -7,6 +7,7 @@ from tests.simulation.cluster.clients import SimClient
 from tests.simulation.cluster.clock import Clock
 from tests.simulation.cluster.disk import Disk
 from tests.simulation.cluster.epoch_run import EpochRun
+from tests.simulation.cluster.expert_load import Skew
 from tests.simulation.cluster.faults import Faults
 from tests.simulation.cluster.host import Host
 from tests.simulation.cluster.hub import Hub
@@ -34,6 +35,7 @@ class Cluster:
         self.clock = Clock(seed, verbose)
         self.faults = Faults(self.clock, self.kill_coordinator)
         self.rules = Rules(self)
+        self.skew = Skew(seed, len(shape.moe_layer_stage), shape.num_experts)
         self.hub = Hub(self)
         self.disk = Disk()
         self.supervisor = SimSupervisor(self)

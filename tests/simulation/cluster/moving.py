@@ -39,7 +39,7 @@ def make_moving_shape(rng: random.Random) -> Shape:
     expert_bytes = rng.choice((90, 100))
     shape.balance = BalanceConfig(
         window_size=rng.choice((5, 40)),
-        step_interval=rng.choice((4, 10, 30)),
+        step_interval=rng.choice((2, 4, 10, 30)),
         load_interval=rng.choice((1, 3, 8)),
         bytes_per_step=rng.choice((40, 100, 250, 1000)),
         expert_bytes=expert_bytes,
@@ -48,7 +48,7 @@ def make_moving_shape(rng: random.Random) -> Shape:
         plan_deadline_s=rng.choice((1.0, 5.0)),
     )
     shape.transfer_s = rng.choice((0.002, 0.02, 0.2))
-    shape.plan_s = rng.choice((0.01, 0.1, 0.5))
+    shape.plan_s = rng.choice((0.005, 0.05, 0.3))
     return shape
 
 
@@ -56,10 +56,10 @@ def make_moving_schedule(seed: int) -> Schedule:
     """One day of one engine."""
     rng = random.Random(seed)
     shape = make_moving_shape(rng)
-    day = rng.choice((4.0, 8.0))
+    day = rng.choice((3.0, 6.0))
     ranks = shape.layout.num_ranks
     schedule = Schedule(seed, shape, make_wanted(rng, shape, day), generator="--experts ")
-    for _ in range(rng.choice((0, 1, 3, 6))):
+    for _ in range(rng.choice((0, 6, 12, 20))):
         kind = rng.choice(("rebalance", "given_rebalance"))
         at = START_S + rng.uniform(-1.0, day)
         schedule.other_faults.append(OtherFault(kind, at))

@@ -59,6 +59,7 @@ class SimPlanner:
         run = balance.balancer._run
         if run is not None and run.plan is plan:
             self._newest = plan
+            self._clock.seen["plans_begun"] += 1
         host.coordination.balanced(host.now)
         host.changed(host.now)
 

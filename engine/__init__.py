@@ -12,21 +12,33 @@ from drumline.engine.lazy import lazy_names
 
 if TYPE_CHECKING:
     from drumline.engine.client import AsyncEngine
-    from drumline.engine.config import CacheConfig, EngineConfig, FaultConfig, ParallelConfig, SchedulerConfig
+    from drumline.engine.config import (
+        CacheConfig,
+        EngineConfig,
+        EPLBConfig,
+        FaultConfig,
+        ParallelConfig,
+        SchedulerConfig,
+    )
+    from drumline.engine.expert_records import LoadRecord
     from drumline.engine.outputs import Logprob, RankReply, RequestOutput
     from drumline.engine.sampling_params import SamplingParams
+    from drumline.protocol.rebalance import rebalance_experts
 
 __all__ = [
     "AsyncEngine",
     "CacheConfig",
+    "EPLBConfig",
     "EngineConfig",
     "FaultConfig",
+    "LoadRecord",
     "Logprob",
     "ParallelConfig",
     "RankReply",
     "RequestOutput",
     "SamplingParams",
     "SchedulerConfig",
+    "rebalance_experts",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -34,13 +46,16 @@ __getattr__, __dir__ = lazy_names(
     {
         "AsyncEngine": "client",
         "CacheConfig": "config",
+        "EPLBConfig": "eplb_config",
         "EngineConfig": "config",
         "FaultConfig": "config",
+        "LoadRecord": "expert_records",
         "ParallelConfig": "config",
         "SchedulerConfig": "config",
         "Logprob": "outputs",
         "RankReply": "outputs",
         "RequestOutput": "outputs",
         "SamplingParams": "sampling_params",
+        "rebalance_experts": ".protocol.rebalance",
     },
 )

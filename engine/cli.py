@@ -44,7 +44,11 @@ class LazyGroup(click.Group):
 
 
 bench = LazyGroup(
-    {"scheduler": ("drumline.engine.commands.bench:scheduler", "coordinator work per decode step, in microseconds")},
+    {
+        "scheduler": ("drumline.engine.commands.bench:scheduler", "coordinator work per decode step, in microseconds"),
+        "eplb": ("drumline.engine.commands.bench_eplb:eplb", "what a balancing policy makes of expert loads"),
+        "shuffle": ("drumline.engine.commands.bench_shuffle:shuffle", "experts that move while streams run"),
+    },
     name="bench",
     help="Measure drumline.",
     short_help="measure drumline",

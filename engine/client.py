@@ -15,6 +15,7 @@ from drumline.engine.config import EngineConfig
 from drumline.engine.connection import Connection
 from drumline.engine.control_calls import check_method, check_timeout, pack_arguments, rank_reply
 from drumline.engine.events import EventStream, EventStreams
+from drumline.engine.expert_calls import ExpertCalls
 from drumline.engine.generation import Generation
 from drumline.engine.launch.external import ExternalLaunch
 from drumline.engine.launch.local import LocalEngine, start_local
@@ -45,7 +46,7 @@ CLOSE_TIMEOUT_S = 10.0
 _CALL_SLACK_S = 5.0
 
 
-class AsyncEngine:
+class AsyncEngine(ExpertCalls):
     """An engine that lives as long as this object is open::
 
         async with AsyncEngine(EngineConfig(model="demo")) as engine:

@@ -7,12 +7,11 @@ from typing import Any, Protocol
 
 import zmq
 
+from drumline.engine.balance_desk import BalanceDesk
 from drumline.engine.client_connections import MAX_UNREAD, ClientConnection, Connections
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.outputs import ConnectionOutput
 from drumline.engine.keeping import Keeping
-from drumline.engine.layout_report.running import layout_facts
-from drumline.engine.resolve import ResolvedConfig
 from drumline.protocol.codec import Codec
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
@@ -22,12 +21,15 @@ from drumline.protocol.messages import (
     BeatClient,
     CallRanks,
     Cancel,
+    ExpertLoadQuery,
     Failed,
     FromClient,
     Goodbye,
     HelloClient,
     InjectFaults,
+    LayoutFacts,
     LayoutQuery,
+    RebalanceExperts,
     Rejected,
     Resume,
     Resumed,
@@ -52,14 +54,6 @@ class ServingEngine(Protocol):
     def core(self) -> EngineCore | None:
         """None until every group is ready."""
 
-    @property
-    def resolved(self) -> ResolvedConfig:
-        """What it was started with."""
-
-    @property
-    def device(self) -> str:
-        """What the ranks compute on: cuda, cpu, or empty before one is ready."""
-
     def refusal(self) -> ErrorInfo | None:
         """Why nothing is admitted now, None while the engine serves."""
 
@@ -69,6 +63,13 @@ class ServingEngine(Protocol):
     @property
     def keeping(self) -> Keeping:
         """Through which everything about requests goes to clients."""
+
+    @property
+    def experts(self) -> BalanceDesk:
+        """What is asked of the balance of experts."""
+
+    def layout_facts(self, call_id: int) -> LayoutFacts:
+        """Which rank holds what, now."""
 
     def inject(self, connection: ClientConnection, message: InjectFaults, now: float) -> None:
         """Bring faults about and answer the connection."""
@@ -148,18 +149,26 @@ class ClientPort:
             connection.beats = True
         elif isinstance(message, Stop | Cancel | Resume):
             self._about_request(connection, message, now)
-        elif isinstance(message, StatusQuery):
-            self.connections.reply(connection, StatusReport(message.call_id, self._engine.status_json(now)))
-        elif isinstance(message, LayoutQuery):
-            facts = layout_facts(message.call_id, self._engine.resolved, device=self._engine.device or "cuda")
-            self.connections.reply(connection, facts)
-        elif isinstance(message, CallRanks):
-            self._engine.call_ranks(connection, message, now)
-        elif isinstance(message, InjectFaults):
-            self._engine.inject(connection, message, now)
         elif isinstance(message, Goodbye):
             self.connections.remove(connection)
             self._engine.client_left(connection, now)
+        else:
+            self._about_engine(connection, message, now)
+
+    def _about_engine(self, connection: ClientConnection, message: FromClient, now: float) -> None:
+        engine, reply = self._engine, self.connections.reply
+        if isinstance(message, StatusQuery):
+            reply(connection, StatusReport(message.call_id, engine.status_json(now)))
+        elif isinstance(message, LayoutQuery):
+            reply(connection, engine.layout_facts(message.call_id))
+        elif isinstance(message, CallRanks):
+            engine.call_ranks(connection, message, now)
+        elif isinstance(message, RebalanceExperts):
+            engine.experts.rebalance(connection, message, now)
+        elif isinstance(message, ExpertLoadQuery):
+            engine.experts.expert_load(connection, message)
+        elif isinstance(message, InjectFaults):
+            engine.inject(connection, message, now)
 
     def _submit(self, connection: ClientConnection, message: Submit, now: float) -> None:
         core, refusal = self._engine.core, self._engine.refusal()

@@ -11,6 +11,7 @@ import os
 
 import msgspec
 
+from drumline.engine.eplb_config import EPLBConfig
 from drumline.engine.parallel_config import ALL2ALL_BACKENDS, EXECUTOR_BACKENDS, ParallelConfig
 from drumline.engine.settings import (
     LARGEST_BYTES,
@@ -33,6 +34,7 @@ __all__ = [
     "MAX_SEED",
     "PLACEMENT_STRATEGIES",
     "CacheConfig",
+    "EPLBConfig",
     "EngineConfig",
     "FaultConfig",
     "ParallelConfig",

@@ -21,19 +21,23 @@ from typing import Any
 import msgspec
 import zmq
 
+from drumline.engine.balance_desk import BalanceDesk
 from drumline.engine.call_desk import CallDesk
 from drumline.engine.client_connections import ClientConnection
 from drumline.engine.client_port import ClientPort
 from drumline.engine.core.coordination import Coordination
 from drumline.engine.core.coordination_config import CoordinationConfig
+from drumline.engine.core.decisions import Log, PlanWanted, Rebalanced
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.members import Called, Ended, Loading, Output, Ready, Tell, ToOwner, ToPeer, ToReplica
 from drumline.engine.core.membership import GATHER_S
+from drumline.engine.experts_in_force import experts_in_force
 from drumline.engine.inject_orders import InjectOrders
 from drumline.engine.keeping import Keeping
 from drumline.engine.launch.external import external_launch, launch_token, waiting_event
 from drumline.engine.launch.order import Order
-from drumline.engine.membership_config import membership_config
+from drumline.engine.layout_report.running import layout_facts
+from drumline.engine.membership_config import balance_config, membership_config
 from drumline.engine.resolve import ResolvedConfig, resolve
 from drumline.engine.running_clock import TICK_S, RunningClock
 from drumline.engine.snapshot import engine_status
@@ -45,6 +49,7 @@ from drumline.protocol.messages import (
     Event,
     Failed,
     InjectFaults,
+    LayoutFacts,
     Leave,
     WelcomeClient,
 )
@@ -110,6 +115,7 @@ class Coordinator:
                 seed=config.seed,
                 hash_key=secrets.randbits(128),
                 step_deadline_s=config.faults.step_deadline_s,
+                balance=balance_config(self.resolved),
             ),
             new_token=lambda: secrets.token_urlsafe(24),
             now=self.clock.now(),
@@ -125,6 +131,15 @@ class Coordinator:
             self.workers.close()
             raise
         self._calls = CallDesk(self.term, self.workers, self.clients.connections)
+        self.experts = BalanceDesk(
+            self.coordination,
+            self.clients.connections,
+            config.parallel.eplb_config.record_path,
+            self.clock.now,
+            self.changed,
+            self._tell,
+            self._task_ended,
+        )
         self._inject_orders = InjectOrders(self.workers, self.keeping, self.coordination, injection)
 
     # ---------------------------------------------------------------------------------------------- life
@@ -146,7 +161,10 @@ class Coordinator:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._close()
+            try:
+                await self.experts.close(clean=self.error is None)
+            finally:
+                self._close()
         return self.error
 
     def end(self, reason: str, error: ErrorInfo | None = None) -> None:
@@ -208,12 +226,14 @@ class Coordinator:
             self.workers.tick(now)
             self.clients.tick(now)
             self._calls.expire(now)
+            self.experts.expire(now)
             self.changed(now)
 
     def _until_next(self) -> float:
         now = self.clock.now()
         retry = now + RETRY_S if self.clients.connections.has_pending else None
-        moments = (now + TICK_S, self.coordination.due_at(now), self._calls.next_deadline, retry)
+        deadlines = (self._calls.next_deadline, self.experts.next_deadline)
+        moments = (now + TICK_S, self.coordination.due_at(now), *deadlines, retry)
         return max(min(moment for moment in moments if moment is not None) - now, 0.001)
 
     # --------------------------------------------------------------------------------------------- serving
@@ -273,24 +293,29 @@ class Coordinator:
                 self._calls.void(output.rank)
             self.workers.carry_out(output, now)
         elif isinstance(output, Tell):
-            self._log(output.event)
-            connections.broadcast(output.event)
+            self._tell(output.event)
         elif isinstance(output, Loading):
             text = f"rank {output.rank} has loaded {output.done} of {output.total} bytes"
             connections.broadcast(Event("loading", text, output.rank, output.done, output.total))
         elif isinstance(output, Called):
             self._calls.answered(output.message)
+        elif isinstance(output, PlanWanted | Rebalanced):
+            self.experts.carry_out(output)
+        elif isinstance(output, Log):
+            log.info("%s", output.text)
         elif isinstance(output, Ready):
             self._ready()
         elif isinstance(output, Ended):
             self._lost(output)
 
-    def _log(self, event: Event) -> None:
+    def _tell(self, event: Event) -> None:
         level = logging.WARNING if event.kind in _WORTH_A_WARNING else logging.INFO
         log.log(level, "%s: %s", event.kind, event.text)
+        self.clients.connections.broadcast(event)
 
     def client_left(self, connection: ClientConnection, now: float) -> None:
         self._calls.drop_connection(connection.number)
+        self.experts.drop_connection(connection.number)
         if self.core is not None:
             self.core.drop_connection(connection.number, now)
             self.changed(now)
@@ -315,6 +340,10 @@ class Coordinator:
 
     def status_json(self, now: float) -> bytes:
         return msgspec.json.encode(engine_status(self, self._calls.late_replies, now))
+
+    def layout_facts(self, call_id: int) -> LayoutFacts:
+        placement, slots = experts_in_force(self.coordination)
+        return layout_facts(call_id, self.resolved, placement, self.device or "cuda", slots)
 
     def inject(self, connection: ClientConnection, message: InjectFaults, now: float) -> None:
         self.clients.connections.reply(connection, self._inject_orders.take(message, now))

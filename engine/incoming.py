@@ -15,6 +15,8 @@ from drumline.protocol.messages import (
     CallRanksResult,
     Cancel,
     Cancelled,
+    ExpertLoad,
+    ExpertsRebalanced,
     Failed,
     FaultsInjected,
     Finished,
@@ -39,6 +41,8 @@ Answer = (
     | CallRanksResult
     | LayoutFacts
     | FaultsInjected
+    | ExpertsRebalanced
+    | ExpertLoad
 )
 
 
@@ -84,7 +88,14 @@ class Incoming:
                 _, stream = self._cancels.pop(message.call_id, ("", None))
                 self.inbox.cancelled(stream)
                 self.calls.answer(message.call_id, message)
-            case StatusReport() | CallRanksResult() | LayoutFacts() | FaultsInjected():
+            case (
+                StatusReport()
+                | CallRanksResult()
+                | LayoutFacts()
+                | FaultsInjected()
+                | ExpertsRebalanced()
+                | ExpertLoad()
+            ):
                 self.calls.answer(message.call_id, message)
         return []
 

@@ -1,10 +1,12 @@
-"""What membership must know, from what the user decided and what the model folder says."""
+"""What membership and the balance of experts must know, from what the user decided and what the model folder says."""
 
 from __future__ import annotations
 
+from drumline.engine.core.balance.config import BalanceConfig
 from drumline.engine.core.members import MembershipConfig
 from drumline.engine.launch.external import ExternalLaunch
 from drumline.engine.launch.order import Order
+from drumline.engine.parallel_layout import balances
 from drumline.engine.resolve import ResolvedConfig
 from drumline.protocol.shards import layer_split
 from drumline.protocol.weights import DTYPE_BYTES
@@ -38,6 +40,34 @@ def membership_config(
     )
 
 
+def balance_config(resolved: ResolvedConfig) -> BalanceConfig | None:
+    """The balance of experts of one engine, None where experts stay where they are."""
+    parallel, moe = resolved.config.parallel, resolved.spec.moe
+    if moe is None or not balances(parallel, resolved.layout):
+        return None
+    eplb = parallel.eplb_config
+    return BalanceConfig(
+        policy=eplb.policy,
+        window_size=eplb.window_size,
+        step_interval=eplb.step_interval,
+        load_interval=eplb.load_interval,
+        bytes_per_step=eplb.bytes_per_step,
+        max_moved=float(eplb.max_moved),
+        min_gain=float(eplb.min_gain),
+        log_balancedness=eplb.log_balancedness,
+        num_groups=moe.num_groups,
+        expert_bytes=_expert_bytes(resolved),
+    )
+
+
+def _expert_bytes(resolved: ResolvedConfig) -> int:
+    """Of one expert in one layer: three matrices of hidden x intermediate."""
+    moe, spec = resolved.spec.moe, resolved.spec
+    if moe is None:
+        return 0
+    return 3 * spec.hidden_size * moe.moe_intermediate_size * DTYPE_BYTES[resolved.worker.dtype]
+
+
 def _stages(resolved: ResolvedConfig) -> tuple[int, ...]:
     """The pipeline stage of each MoE layer."""
     layout, spec = resolved.layout, resolved.spec
@@ -48,11 +78,6 @@ def _stages(resolved: ResolvedConfig) -> tuple[int, ...]:
 
 
 def _slot_bytes(resolved: ResolvedConfig) -> tuple[int, ...]:
-    """Bytes of one expert slot in all layers of each stage: three matrices of hidden x intermediate per layer."""
-    moe, spec = resolved.spec.moe, resolved.spec
-    stages = range(resolved.layout.pipeline_parallel_size)
-    if moe is None:
-        return tuple(0 for _ in stages)
-    one = 3 * spec.hidden_size * moe.moe_intermediate_size * DTYPE_BYTES[resolved.worker.dtype]
-    of_layer = _stages(resolved)
-    return tuple(one * of_layer.count(stage) for stage in stages)
+    """Bytes of one expert slot in all layers of each stage."""
+    one, of_layer = _expert_bytes(resolved), _stages(resolved)
+    return tuple(one * of_layer.count(stage) for stage in range(resolved.layout.pipeline_parallel_size))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from drumline.protocol.errors import ErrorInfo, RequestFailed, from_info
-from drumline.protocol.messages import Cancel, FromClient, LayoutQuery, Resume, StatusQuery, Submit
+from drumline.protocol.messages import Cancel, ExpertLoadQuery, FromClient, LayoutQuery, Resume, StatusQuery, Submit
 
-REPEATABLE = (Submit, Cancel, Resume, StatusQuery, LayoutQuery)
+REPEATABLE = (Submit, Cancel, Resume, StatusQuery, LayoutQuery, ExpertLoadQuery)
 """What may be said twice: the same submission is known by its nonce, the others change nothing the second time."""
 
 

@@ -10,11 +10,13 @@ from typing import ClassVar
 
 import msgspec
 
+from drumline.engine.eplb_config import EPLBConfig
 from drumline.engine.settings import (
     Settings,
     check_boolean,
     check_number,
     check_one_of,
+    check_struct,
     check_text,
     check_whole,
     check_whole_or_none,
@@ -30,17 +32,10 @@ _MAX_PORT = 65535
 _MAX_SIZE = 4096
 
 _RAY = "it arrives with Ray, and until then mp and external_launcher start the ranks"
-_EPLB = "it arrives with the rebalancing of experts, and until then experts stay where they are placed at the start"
 _ONE_MACHINE = "it arrives with ranks on several machines"
 _LB = "it arrives with the HTTP server; one engine routes requests over all of its replicas"
 _CONTEXT = "it arrives with context parallelism; tensor_parallel_size shards attention by heads"
 NOT_YET: Mapping[str, str] = {
-    "enable_eplb": _EPLB,
-    "eplb_config": _EPLB,
-    "num_redundant_experts": _EPLB,
-    "eplb_window_size": _EPLB,
-    "eplb_step_interval": _EPLB,
-    "eplb_log_balancedness": _EPLB,
     "data_parallel_external_lb": _LB,
     "data_parallel_hybrid_lb": _LB,
     "data_parallel_start_rank": "data_parallel_rank says which replica is the first that is started here",
@@ -60,6 +55,12 @@ NOT_YET: Mapping[str, str] = {
     "master_port": _ONE_MACHINE,
 }
 """Fields of vLLM's that are refused by name, and what there is instead."""
+_ELSEWHERE: Mapping[str, str] = {
+    "num_redundant_experts": "eplb_config=EPLBConfig(num_redundant_experts=...)",
+    "eplb_window_size": "eplb_config=EPLBConfig(window_size=...)",
+    "eplb_step_interval": "eplb_config=EPLBConfig(step_interval=...)",
+    "eplb_log_balancedness": "eplb_config=EPLBConfig(log_balancedness=...)",
+}
 _NO_RAY = {"ray": "Ray is not in this version"}
 _FOREIGN_ALL2ALL = dict.fromkeys(
     (
@@ -81,7 +82,8 @@ class ParallelConfig(Settings, frozen=True):
     ``data_parallel_size`` engine replicas run side by side, each of ``tensor_parallel_size`` ranks that share every
     layer in each of ``pipeline_parallel_size`` stages. ``pipeline_partition``: layers of each stage, None for an even
     split. With ``enable_expert_parallel`` the experts of each MoE layer are split over the dp * tp ranks of its stage
-    by ``expert_placement_strategy`` (linear: contiguous; round_robin), else each expert is sharded over them.
+    by ``expert_placement_strategy`` (linear: contiguous; round_robin), else each expert is sharded over them. With
+    ``enable_eplb`` they move between ranks as their load changes, as ``eplb_config`` says.
     ``enable_dp_attention``: when tp exceeds the KV heads, an engine replica has max(tp // KV heads, 1) KV caches with
     rows of their own instead of copies of one. ``all2all_backend``: how tokens reach the ranks of their experts.
 
@@ -98,6 +100,7 @@ class ParallelConfig(Settings, frozen=True):
     """
 
     not_yet: ClassVar[Mapping[str, str]] = NOT_YET
+    elsewhere: ClassVar[Mapping[str, str]] = _ELSEWHERE
 
     data_parallel_size: int = 1
     tensor_parallel_size: int = 1
@@ -119,6 +122,8 @@ class ParallelConfig(Settings, frozen=True):
     worker_cls: str = "auto"
     worker_extension_cls: str = ""
     distributed_timeout: float | None = None
+    enable_eplb: bool = False
+    eplb_config: EPLBConfig = EPLBConfig()
 
     def __post_init__(self) -> None:
         for field in ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size"):
@@ -132,6 +137,7 @@ class ParallelConfig(Settings, frozen=True):
                 raise InvalidConfig(field, getattr(self, field), valid)
         self._check_partition()
         self._check_experts()
+        self._check_eplb()
         check_boolean("enable_dp_attention", self.enable_dp_attention)
         check_one_of("data_parallel_backend", self.data_parallel_backend, ("mp",), _NO_RAY)
         self._check_backend()
@@ -173,10 +179,11 @@ class ParallelConfig(Settings, frozen=True):
         return tuple(rank for rank in range(self.world_size_across_dp) if rank not in local)
 
     def compute_hash(self) -> str:
-        """64 hex digits over all that shapes the computation: sizes, the placement of layers and experts, attention
-        replicas, the way to the experts, the classes that compute. Who starts a rank, where it listens and how long it
-        waits are not in it."""
+        """64 hex digits over all that shapes the computation: sizes, the placement of layers and experts and how many
+        copies there are of these, attention replicas, the way to the experts, the classes that compute. Who starts a
+        rank, where it listens and how long it waits are not in it."""
         shaping = {name: getattr(self, name) for name in _SHAPING}
+        shaping["num_redundant_experts"] = self.eplb_config.num_redundant_experts
         return hashlib.sha256(msgspec.json.encode(shaping, order="deterministic")).hexdigest()
 
     # --------------------------------------------------------------------------------------------------------- checks
@@ -207,6 +214,20 @@ class ParallelConfig(Settings, frozen=True):
             if getattr(self, field) != only:
                 valid = f"{only} while enable_expert_parallel is False: no rank holds whole experts of its own"
                 raise InvalidConfig(field, getattr(self, field), valid)
+
+    def _check_eplb(self) -> None:
+        check_boolean("enable_eplb", self.enable_eplb)
+        check_struct("eplb_config", self.eplb_config, EPLBConfig)
+        if self.enable_eplb:
+            if not self.enable_expert_parallel:
+                valid = "False while enable_expert_parallel is False: no rank holds whole experts that could move"
+                raise InvalidConfig("enable_eplb", self.enable_eplb, valid)
+            return
+        for field, nothing in (("num_redundant_experts", 0), ("init_placement", None), ("record_path", None)):
+            value = getattr(self.eplb_config, field)
+            if value != nothing:
+                valid = f"{nothing} while enable_eplb is False: experts stay where they are placed at the start"
+                raise InvalidConfig(field, value, valid)
 
     def _check_backend(self) -> None:
         backend = self.distributed_executor_backend
@@ -272,4 +293,5 @@ _SHAPING = (
     "all2all_backend",
     "worker_cls",
     "worker_extension_cls",
+    "enable_eplb",
 )

@@ -29,7 +29,20 @@ def parallel_layout(parallel: ParallelConfig, spec: ModelSpec) -> Layout:
         raise uneven_tensor_parallel(layout, spec, True, why)
     check_model(layout, spec, dp_attention=parallel.enable_dp_attention)
     _check_ports(parallel, len(layout.lockstep_groups(spec.is_moe)))
+    _check_redundant(parallel, layout, spec)
     return layout
+
+
+def balances(parallel: ParallelConfig, layout: Layout) -> bool:
+    """Whether there is a balance of experts to keep: one rank with all of them has none."""
+    return parallel.enable_eplb and layout.ep_size > 1
+
+
+def _check_redundant(parallel: ParallelConfig, layout: Layout, spec: ModelSpec) -> None:
+    redundant, most = parallel.eplb_config.num_redundant_experts, spec.num_experts * (layout.ep_size - 1)
+    if redundant > most:
+        valid = f"0 to {most}: {spec.num_experts} experts have at most one copy on each of {layout.ep_size} ranks"
+        raise InvalidConfig("num_redundant_experts", redundant, valid)
 
 
 def _check_ports(parallel: ParallelConfig, groups: int) -> None:
@@ -48,10 +61,13 @@ def _check_ports(parallel: ParallelConfig, groups: int) -> None:
 
 def layout_warnings(parallel: ParallelConfig, layout: Layout, spec: ModelSpec) -> tuple[str, ...]:
     """What was asked for and changes nothing here."""
+    texts = []
+    if parallel.enable_eplb and not balances(parallel, layout):
+        texts.append("enable_eplb changes nothing: one rank holds all experts of a layer")
     if parallel.enable_dp_attention and layout.attention_data_parallel_size == 1:
         text = (
             f"enable_dp_attention changes nothing: tensor_parallel_size ({layout.tensor_parallel_size}) is less than "
             f"twice the KV heads ({spec.num_kv_heads})"
         )
-        return (text,)
-    return ()
+        texts.append(text)
+    return tuple(texts)

@@ -14,15 +14,15 @@ import msgspec
 
 from drumline.engine.config import DTYPES, EngineConfig, check_chunked_prefill
 from drumline.engine.core.config import CoreConfig
+from drumline.engine.first_placement import first_placement
 from drumline.engine.parallel_config import DEFAULT_DISTRIBUTED_TIMEOUT_S
-from drumline.engine.parallel_layout import layout_warnings, parallel_layout
+from drumline.engine.parallel_layout import balances, layout_warnings, parallel_layout
 from drumline.protocol.checkpoint import CheckpointIndex
 from drumline.protocol.codec import config_digest
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.layout import Layout
 from drumline.protocol.messages import I32, ModelInfo, WorkerConfig
 from drumline.protocol.modelspec import ModelSpec
-from drumline.protocol.placement import initial_placement
 
 MAX_TOKENIZER_BYTES = 48 << 20
 DEMO = "demo"
@@ -105,12 +105,8 @@ def resolve(config: EngineConfig) -> ResolvedConfig:
     worker = _worker_config(config, folder, max_model_len, layout, compute_dtype(config, spec))
     placements: dict[int, I32] = {}
     if spec.is_moe:
-        strategy = parallel.expert_placement_strategy
-        # Sharded experts (no expert parallel) are all on every rank, one slot each.
-        placements = {
-            number: initial_placement(len(spec.moe_layers), spec.num_experts, layout.ep_size, strategy)
-            for number in range(len(groups))
-        }
+        placements = dict.fromkeys(range(len(groups)), first_placement(parallel, spec, layout))
+    _check_record(parallel.eplb_config.record_path)
     return ResolvedConfig(
         config=config,
         spec=spec,
@@ -123,6 +119,13 @@ def resolve(config: EngineConfig) -> ResolvedConfig:
         tokenizer=_tokenizer(config, folder),
         warnings=(*_dtype_warnings(config, spec), *layout_warnings(parallel, layout, spec)),
     )
+
+
+def _check_record(path: str | None) -> None:
+    if path is not None:
+        file = Path(path).expanduser()
+        if file.is_dir() or not file.parent.is_dir():
+            raise InvalidConfig("record_path", path, "a file, in a folder that exists")
 
 
 def longest_context(config: EngineConfig, spec: ModelSpec) -> int:
@@ -179,6 +182,8 @@ def _worker_config(config: EngineConfig, folder: Path, max_model_len: int, layou
         max_parallel_loading_workers=parallel.max_parallel_loading_workers or 0,
         first_local_rank=first,
         first_local_device=(parallel.data_parallel_rank_local or 0) * layout.world_size,
+        enable_eplb=balances(parallel, layout),
+        load_interval=parallel.eplb_config.load_interval if balances(parallel, layout) else 0,
     )
 
 

@@ -22,24 +22,34 @@ class _KnownKeywords(msgspec.StructMeta):
         known = self.__struct_fields__
         for name, value in kwargs.items():
             if name not in known:
-                raise unknown_setting(self.__name__, name, value, known, getattr(self, "not_yet", {}))
+                reasons = getattr(self, "not_yet", {}), getattr(self, "elsewhere", {})
+                raise unknown_setting(self.__name__, name, value, known, *reasons)
         return super().__call__(*args, **kwargs)
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, metaclass=_KnownKeywords):
-    """Base of the settings. ``not_yet``: names that a user of vLLM expects here, each with what to do without it."""
+    """Base of the settings. ``not_yet``: names that a user of vLLM expects here, each with what to do without it;
+    ``elsewhere``: those that are settings of a part, and how they are given there."""
 
     not_yet: ClassVar[Mapping[str, str]] = {}
+    elsewhere: ClassVar[Mapping[str, str]] = {}
 
 
 def unknown_setting(
-    owner: str, name: str, value: object, known: tuple[str, ...], not_yet: Mapping[str, str]
+    owner: str,
+    name: str,
+    value: object,
+    known: tuple[str, ...],
+    not_yet: Mapping[str, str],
+    elsewhere: Mapping[str, str],
 ) -> InvalidConfig:
-    """The error for a setting ``name`` that ``owner`` does not have: not in this version, or nowhere."""
+    """The error for a setting ``name`` that ``owner`` does not have: not in this version, elsewhere, or nowhere."""
     shown = repr(value)
     shown = shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "..."
     if name in not_yet:
         return InvalidConfig(name, shown, f"leaving it out: {name} is not in this version; {not_yet[name]}")
+    if name in elsewhere:
+        return InvalidConfig(name, shown, f"{elsewhere[name]}; {owner} has no {name} of its own")
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or list(known)
     return InvalidConfig(name, shown, f"a setting of {owner}, such as {', '.join(near)}; there is no {name}")
 
@@ -60,6 +70,12 @@ def check_number(field: str, value: object, above: float, maximum: float) -> Non
     """A number, whole or not, in a range whose lower end is excluded."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= maximum:
         raise InvalidConfig(field, value, f"a number above {above:g}, at most {maximum:g}")
+
+
+def check_share(field: str, value: object) -> None:
+    """A number, whole or not, from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise InvalidConfig(field, value, "a number from 0 to 1")
 
 
 def check_boolean(field: str, value: object) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def engine_status(engine: Coordinator, late_replies: int, now: float) -> EngineStatus:
     """The state of ``engine`` at ``now``. Before it is ready there are ranks, but no groups and replicas."""
     core = engine.core
+    balance = engine.coordination.balance
     replicas = tuple(core.replica_status()) if core is not None else ()
     return EngineStatus(
         state=engine.state.value,
@@ -39,6 +40,7 @@ def engine_status(engine: Coordinator, late_replies: int, now: float) -> EngineS
         kv_blocks=min((replica.blocks_total for replica in replicas), default=0),
         faults=engine.coordination.faults.status(now, time.time()),
         waiting_for=engine.coordination.membership.waiting_for,
+        eplb=balance.status() if balance is not None else None,
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 RANK_KINDS = ("kill", "stop", "exit", "segv", "raise", "nan", "hang", "slow")
 """What a rank can bring upon itself."""
-POINTS = ("now", "loading", "leave", "regroup", "joining", "idle", "step", "prefill", "decode")
+POINTS = ("now", "loading", "leave", "regroup", "joining", "idle", "step", "prefill", "decode", "staging", "commit")
 """Where in its life it does."""
+SHUFFLE_POINTS = ("staging", "commit")
+"""Those of steps that move experts."""
 TAKEN_BACK = "none"
 """The kind that takes an order back."""
 MESSAGE_KINDS = ("drop", "delay", "duplicate", "corrupt")

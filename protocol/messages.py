@@ -669,10 +669,11 @@ class InjectFaults(Message, frozen=True, tag=51):
 class RebalanceExperts(Message, frozen=True, tag=52):
     """Plan a placement of experts now and carry it out, in dummy steps if nothing runs. ``placement``: int32
     (moe_layers, physical slots) to have instead of one planned here, (0, 0): none. Answered by ExpertsRebalanced when
-    all is done or given up; a later one, or a fault, ends one that is under way."""
+    all is done or given up, or after ``timeout_s``; a later one, or a fault, ends one that is under way."""
 
     call_id: int
     placement: I32Matrix = NO_MATRIX
+    timeout_s: float = 600.0
 
 
 class ExpertLoadQuery(Message, frozen=True, tag=53):
@@ -869,11 +870,13 @@ class Resumed(Message, frozen=True, tag=81):
 
 class LayoutFacts(Message, frozen=True, tag=82):
     """What a report of the layout is made of. ``question``: JSON, the model's shape and the sizes. ``placement``: int32
-    (moe_layers, physical slots), the logical expert of each slot, or (0, 0)."""
+    (moe_layers, physical slots), the logical expert of each slot, or (0, 0). ``slots``: int32 (ep ranks,), how many of
+    them each ep rank has, none while it does not compute; empty: shared out evenly."""
 
     call_id: int
     question: bytes
     placement: I32Matrix
+    slots: I32 = NO_NUMBERS
 
 
 class FaultsInjected(Message, frozen=True, tag=83):

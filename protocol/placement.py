@@ -18,23 +18,34 @@ from drumline.protocol.layout import PLACEMENT_STRATEGIES, slots_per_rank
 I32: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
 
-def initial_placement(num_moe_layers: int, num_experts: int, ep_size: int, strategy: str = "linear") -> I32:
-    """The placement that a model starts with, int32 (num_moe_layers, num_experts), one slot per expert.
+def initial_placement(
+    num_moe_layers: int, num_experts: int, ep_size: int, strategy: str = "linear", num_redundant: int = 0
+) -> I32:
+    """The placement that a model starts with, int32 (num_moe_layers, num_experts + num_redundant): a slot for each
+    expert, then one more for each of the first ``num_redundant``, in the same order and, if there are so many, again.
 
-    ``linear`` gives rank 0 the first experts, rank 1 the next, and so on; ``round_robin`` gives rank r the experts r,
-    r + ep_size, r + 2 * ep_size... Both give the first ``num_experts % ep_size`` ranks one more. Raises InvalidConfig.
+    ``linear`` has the experts in ascending order, so that rank 0 has the first ones, rank 1 the next, and so on;
+    ``round_robin`` gives rank r the experts r, r + ep_size, r + 2 * ep_size... as long as there are no more slots than
+    experts. The first ranks have one slot more where they cannot all have as many. No rank has two copies of an expert.
+    Raises InvalidConfig.
     """
     if num_moe_layers < 0:
         raise InvalidConfig("num_moe_layers", num_moe_layers, "a whole number from 0")
     if not 1 <= ep_size <= max(num_experts, 1):
         raise InvalidConfig("ep_size", ep_size, f"1 to {num_experts} (each rank needs an expert)")
+    most = num_experts * (ep_size - 1)
+    if not 0 <= num_redundant <= most:
+        valid = f"0 to {most}: {num_experts} experts have at most one copy on each of {ep_size} ranks"
+        raise InvalidConfig("num_redundant_experts", num_redundant, valid)
     if strategy == "linear":
         layer = np.arange(num_experts, dtype=np.int32)
     elif strategy == "round_robin":
         layer = np.concatenate([np.arange(r, num_experts, ep_size, dtype=np.int32) for r in range(ep_size)])
     else:
         raise InvalidConfig("expert_placement_strategy", strategy, "one of " + ", ".join(PLACEMENT_STRATEGIES))
-    return np.ascontiguousarray(np.broadcast_to(layer, (num_moe_layers, num_experts)))
+    # Whatever num_experts neighbours of this are, they are all different.
+    layer = np.resize(layer, num_experts + num_redundant)
+    return np.ascontiguousarray(np.broadcast_to(layer, (num_moe_layers, len(layer))))
 
 
 class PlacementMaps(msgspec.Struct, frozen=True, eq=False):

@@ -5,7 +5,19 @@ from __future__ import annotations
 import queue
 from typing import NamedTuple, TypeAlias
 
-from drumline.protocol.messages import Call, Configure, Injection, Leave, Load, OpenStore, Shutdown, Step, ToWorker
+from drumline.protocol.messages import (
+    Call,
+    CancelStage,
+    Configure,
+    Injection,
+    Leave,
+    Load,
+    OpenStore,
+    Shutdown,
+    StageExperts,
+    Step,
+    ToWorker,
+)
 from drumline.workers.abort import AbortFlag
 
 INBOX_LIMIT = 32
@@ -24,7 +36,7 @@ class Trigger(NamedTuple):
     injection: Injection
 
 
-_OF_EPOCH = (Leave, OpenStore, Configure, Step, Call)
+_OF_EPOCH = (Leave, OpenStore, Configure, Step, Call, StageExperts, CancelStage)
 
 Order: TypeAlias = ToWorker | CoordinatorLost | Trigger
 
@@ -41,10 +53,14 @@ class Inbox:
     def __len__(self) -> int:
         return self._queue.qsize()
 
-    def get(self) -> Order:
-        """The next order; waits for it. What belongs to an epoch that is over is passed by and counted."""
+    def get(self, timeout_s: float | None = None) -> Order | None:
+        """The next order; waits for it, at most ``timeout_s`` where that is given, and is None when none has come. What
+        belongs to an epoch that is over is passed by and counted."""
         while True:
-            order = self._queue.get()
+            try:
+                order = self._queue.get(timeout=timeout_s)
+            except queue.Empty:
+                return None
             if not isinstance(order, _OF_EPOCH) or not self.abort.covers(order.term, order.epoch):
                 return order
             self.stale += 1

@@ -76,7 +76,15 @@ class LoadedModel:
         runner = self.runner
         if runner.device.type == "cuda":
             torch.cuda.synchronize(runner.device)
-        return Left(order.term, order.epoch, self._rank, runner.held(), self._num_blocks, runner.free_bytes())
+        return Left(
+            order.term,
+            order.epoch,
+            self._rank,
+            runner.held(),
+            self._num_blocks,
+            runner.free_bytes(),
+            runner.experts.num_spare,
+        )
 
     def ready(self, term: int, epoch: int) -> Ready:
         """The answer to Configure, once the epoch is formed."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from drumline.protocol.checkpoint import CheckpointIndex
 from drumline.protocol.errors import InvalidConfig, ProtocolError
 from drumline.protocol.layout import Layout
-from drumline.protocol.messages import I32, I32Matrix, Step, WorkerConfig
+from drumline.protocol.messages import I32, NO_NUMBERS, I32Matrix, Step, WorkerConfig
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.shards import rank_shards
 from drumline.workers.attention_plan import plan_attention
@@ -74,7 +74,7 @@ class ModelRunner:
         model = Decoder(build)
         num_bytes = load_weights(model.plan, index, progress)
         model.finish_loading()
-        self._experts = RankExperts.loaded(build, model.moe_layers, index)
+        self._experts = RankExperts.loaded(build, model.moe_layers, index, self.config.enable_eplb)
         self._model = model
         return num_bytes
 
@@ -118,13 +118,14 @@ class ModelRunner:
         fetches: I32Matrix,
         transfer: Group | None,
         check: Callable[[], None],
+        nodes: I32 = NO_NUMBERS,
     ) -> None:
         """Take this rank's place in ``epoch``, with the experts that it wants there; see :meth:`RankExperts.refit`.
 
         Steps are refused from here until it has succeeded, and on a parked rank.
         """
         self._in_place = False
-        self.experts.refit(epoch, placement, slots, fetches, transfer, check)
+        self.experts.refit(epoch, placement, slots, fetches, transfer, check, nodes)
         if epoch.parked:
             return
         self._take_place(epoch.layout, epoch.rank)
@@ -146,6 +147,7 @@ class ModelRunner:
     def part(self) -> None:
         """The epoch is over: its groups and the buffers given to them are never used again."""
         self.model.leave_groups()
+        self.experts.leave()
         self._pipeline = None
 
     def reset(self) -> None:
@@ -217,7 +219,7 @@ class ModelRunner:
         plan = self.batch.apply(step)
         stages, limit = self.layout.pipeline_parallel_size, self.config.max_num_batched_tokens
         counts = checked_counts(step, plan, self.place.replica, self.num_replicas, stages, limit)
-        tokens = StepTokens.of(counts, self.place)
+        tokens = StepTokens.of(counts, self.place, step.step)
         if not plan.num_tokens:
             if sum(counts):
                 self.model.dummy_step(tokens)

@@ -14,6 +14,7 @@ from drumline.protocol.stateless import open_store
 from drumline.workers.control import Control
 from drumline.workers.epoch_groups import EpochGroups
 from drumline.workers.epoch_place import EpochPlace
+from drumline.workers.experts.rank_experts import nodes_of_stage
 from drumline.workers.fence import Fence
 from drumline.workers.groups import GroupCoordinator, GroupPlace, form_group
 
@@ -33,6 +34,7 @@ class RankEpoch:
         self.groups: EpochGroups | None = None
         self._control = control
         self._me = control.identity
+        self._shuffle: GroupCoordinator | None = None
         self._store: object = None
         self._store_of = (-1, -1)
 
@@ -69,13 +71,19 @@ class RankEpoch:
         moving = runner.experts.moving_ranks(place, placement, message.slots, message.fetches)
         transfer = self._transfer_group(message, config, runner, moving)
         try:
-            runner.refit(place, placement, message.slots, message.fetches, transfer, self.check)
+            runner.refit(place, placement, message.slots, message.fetches, transfer, self.check, message.nodes)
             self._form_groups(message, config, runner, place)
+            self._open_shuffler(message, config, runner, place)
         finally:
             if transfer is not None:
                 transfer.close()
         self.fence.broken = False
         return True
+
+    def moves(self, runner: ModelRunner) -> bool:
+        """Whether experts are on their way in this epoch, or there is something to say of them."""
+        shuffler = None if self.fence.broken else runner.experts.shuffler
+        return shuffler is not None and shuffler.pending
 
     def check(self) -> None:
         """Raises EpochAborted once a newer epoch has been ordered."""
@@ -136,12 +144,25 @@ class RankEpoch:
         sizes = ", ".join(f"{group.name} {group.world_size}" for group in groups if group.world_size > 1)
         log.info("rank %d, epoch %d: groups %s", self._me.rank, message.epoch, sizes or "of one rank alone")
 
+    def _open_shuffler(self, message: Configure, config: WorkerConfig, runner: ModelRunner, place: EpochPlace) -> None:
+        """Have experts move between the ranks of this stage that compute, over a group of their own."""
+        shuffler = runner.experts.shuffler
+        if shuffler is None or place.parked:
+            return
+        stage = place.world_ranks(place.layout.expert_group(place.rank))
+        group = None
+        if len(stage) > 1:
+            name = f"shuffle.{config.layout.coordinates(self._me.rank).pp_rank}"
+            self._shuffle = group = self._form(name, stage, True, message, config, runner)
+        shuffler.open(place, message.slots.tolist(), nodes_of_stage(place, message.nodes), group)
+
     def leave(self, runner: ModelRunner | None) -> None:
         """Give up the groups and refuse what is left of the epoch. Never blocks."""
         self.fence.break_epoch()
         self._control.progress.leave_epoch()
         if runner is not None:
             runner.part()  # buffers given to a collective are never used again
-        if self.groups is not None:
-            self.groups.close()
-            self.groups = None
+        for group in (self.groups, self._shuffle):
+            if group is not None:
+                group.close()
+        self.groups = self._shuffle = None

@@ -39,7 +39,7 @@ class StepTokens:
     ``counts``: of every replica. ``own``: of this replica. ``share``: this rank's share of them, a range. ``shares``:
     how many each rank of this replica has. ``by_rank``: shares of all ranks of the expert group. ``gathered``: how the
     tokens of this engine replica's attention replicas are laid out for a network that its tp ranks share; None where
-    there is one attention replica.
+    there is one attention replica. ``step``: the number of the step.
     """
 
     counts: Sequence[int]
@@ -48,9 +48,10 @@ class StepTokens:
     shares: Sequence[int]
     by_rank: Sequence[int]
     gathered: GatherPlan | None
+    step: int = 0
 
     @classmethod
-    def of(cls, counts: Sequence[int], place: ReplicaPlace) -> StepTokens:
+    def of(cls, counts: Sequence[int], place: ReplicaPlace, step: int = 0) -> StepTokens:
         """What the plan's ``counts`` mean for the rank at ``place``."""
         own = counts[place.replica]
         gathered = None
@@ -64,4 +65,5 @@ class StepTokens:
             shares=slice_counts([own], place.attn_tp),
             by_rank=slice_counts(counts, place.attn_tp),
             gathered=gathered,
+            step=step,
         )

@@ -12,14 +12,18 @@ import msgspec
 
 from drumline.protocol.errors import DrumlineError, ErrorInfo, ProtocolError
 from drumline.protocol.messages import (
+    NO_MATRIX,
     Call,
     CallResult,
+    CancelStage,
     Configure,
     Fault,
+    I32Matrix,
     Leave,
     Load,
     OpenStore,
     Shutdown,
+    StageExperts,
     Step,
     StepDone,
     WelcomeWorker,
@@ -29,6 +33,7 @@ from drumline.protocol.stateless import StoreError
 from drumline.workers.abort import EpochAborted
 from drumline.workers.control import Control
 from drumline.workers.epoch_groups import EpochGroups
+from drumline.workers.experts.shuffler import Shuffler
 from drumline.workers.faults import describe
 from drumline.workers.groups import GroupTimeout, PeerLost
 from drumline.workers.inbox import CoordinatorLost, Order, Trigger
@@ -41,6 +46,8 @@ from drumline.workers.remote_methods import RemoteMethods, failure, remote
 log = logging.getLogger(__name__)
 
 EXIT_LOAD_FAILED = 1
+POLL_S = 0.002
+"""How often it is looked for experts that are on their way while there is nothing else to do."""
 WARM_UP_STEPS = 3
 WARM_UP_LEASE_S = 60.0
 """How long each of a process's first ``WARM_UP_STEPS`` with tokens may take: memory is touched, kernels are chosen."""
@@ -82,6 +89,8 @@ class Worker:
             Configure: self._configure,
             Step: self._step,
             Call: self._call,
+            StageExperts: self._stage,
+            CancelStage: self._cancel_stage,
             CoordinatorLost: self._lose_coordinator,
             Trigger: self._trigger,
         }
@@ -91,7 +100,7 @@ class Worker:
         """Returns the exit code: 0 after Shutdown, 1 when the model could not be loaded."""
         while True:
             self._progress.stale = self._epoch.fence.stale
-            message = self._control.inbox.get()
+            message = self._next_order()
             if isinstance(message, Shutdown):
                 self._leave_epoch()
                 return 0
@@ -105,6 +114,21 @@ class Worker:
                 self._tell_fault(error, message)
                 if fatal and isinstance(message, Load | WelcomeWorker):
                     return EXIT_LOAD_FAILED
+
+    def _next_order(self) -> Order:
+        """Waits for it; meanwhile what experts are on their way is taken in."""
+        while True:
+            pending = self._model is not None and self._epoch.moves(self._model.runner)
+            order = self._control.inbox.get(POLL_S if pending else None)
+            if order is not None:
+                return order
+            try:
+                self._poll_experts()
+            except EpochAborted as error:
+                log.info("left: %s", error.text)
+                self._leave_epoch()
+            except Exception as error:  # as of an order
+                self._tell_fault(error, None)
 
     # ----------------------------------------------------------------------------------------------- loading and epochs
 
@@ -177,15 +201,81 @@ class Worker:
             self._control.grant_lease(WARM_UP_LEASE_S)
         if self._injections.armed:
             self._injector.reach(*points_of(step, computes), step=step.step)
+        load, load_steps = self._before_step(step, runner)
         start = time.monotonic()
         out = runner.execute(step)
         self._injector.stretch(time.monotonic() - start, self._epoch.check)
         progress.end_step()
         if warms_up:
             self._control.grant_lease(0.0)
-        self._control.send(
-            StepDone(step.term, step.epoch, self._me.rank, step.step, out.tokens, out.logprob_index, out.logprobs)
+        done = StepDone(
+            step.term,
+            step.epoch,
+            self._me.rank,
+            step.step,
+            out.tokens,
+            out.logprob_index,
+            out.logprobs,
+            load,
+            load_steps,
         )
+        self._control.send(done)
+        self._poll_experts()
+
+    # ----------------------------------------------------------------------------------------- experts that move
+
+    def _before_step(self, step: Step, runner: ModelRunner) -> tuple[I32Matrix, int]:
+        """What the step carries is begun. Returns the expert load, if it is to be told with this step."""
+        shuffler, shuffle, interval = runner.experts.shuffler, step.shuffle, self._known_config().load_interval
+        if shuffler is None:
+            return NO_MATRIX, 0
+        load, steps = NO_MATRIX, 0
+        if (interval and step.step and step.step % interval == 0) or (shuffle is not None and shuffle.commit):
+            load, steps = shuffler.take_load()
+        if step.num_tokens_across_dp.any():
+            shuffler.count_step()
+        if shuffle is not None:
+            shuffler.begin_step(shuffle, lambda point: self._injector.reach(point, step=step.step))
+        return load, steps
+
+    def _poll_experts(self) -> None:
+        if self._model is None or not self._epoch.moves(self._model.runner):
+            return
+        fence, shuffler = self._epoch.fence, self._model.runner.experts.shuffler
+        staged = shuffler.poll(fence.term, fence.epoch) if shuffler is not None else None
+        if staged is not None:
+            self._control.send(staged)
+
+    def _shuffler_of(self, message: StageExperts | CancelStage) -> Shuffler | None:
+        """Where the order is to go, None when it comes too late."""
+        fence = self._epoch.fence
+        if fence.is_stale(message.term, message.epoch):
+            return None
+        if fence.broken:
+            fence.stale += 1
+            return None
+        shuffler = self._loaded().experts.shuffler
+        if shuffler is None:
+            raise ProtocolError(f"{type(message).__name__} found a rank whose experts do not move")
+        return shuffler
+
+    def _stage(self, message: StageExperts) -> None:
+        shuffler = self._shuffler_of(message)
+        if shuffler is not None:
+            shuffler.stage(message)
+
+    def _cancel_stage(self, message: CancelStage) -> None:
+        shuffler = self._shuffler_of(message)
+        if shuffler is not None:
+            shuffler.cancel(message)
+            self._poll_experts()
+
+    @remote
+    def expert_state(self) -> list[tuple[int, int, list[int], list[int]]]:
+        """For each MoE layer of the stage: its number, the generation that it was last changed by in this epoch, the
+        expert in each slot, and the canary that came with it."""
+        layers = self._loaded().experts.layers
+        return [(one.number, one.generation, one.held.tolist(), one.canary.tolist()) for one in layers]
 
     # ---------------------------------------------------------------------------------------------- control calls
 
@@ -237,11 +327,11 @@ class Worker:
 
     # -------------------------------------------------------------------------------------------------------- faults
 
-    def _tell_fault(self, error: Exception, message: Order) -> None:
+    def _tell_fault(self, error: Exception, message: Order | None) -> None:
         info = describe(error, self._me, self._progress.position)
         # A typed error says what it means; only a surprise needs its traceback here. The coordinator gets both.
         text = info.text if isinstance(error, DrumlineError) else info.traceback
-        log.error("fault in %s: %s", type(message).__name__, text)
+        log.error("fault in %s: %s", "experts on their way" if message is None else type(message).__name__, text)
         self._progress.faults += 1
         # Told first: the peers find out as soon as this rank leaves, and report that it is gone.
         try:

@@ -26,6 +26,9 @@ def show_report(report: ChaosReport, console: Console) -> None:
         f"requests {report.requests}, tokens {report.tokens}; lost {report.lost}, repeated {report.duplicated}, "
         f"wrong {report.wrong}, ties {report.ties}; at the end {report.state_at_end}, journal {report.journal_at_end}",
     )
+    if report.rebalances:
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.rebalances.items()))
+        _say(console, f"rebalances of the experts: {counts}")
     console.print(_recoveries(report))
     console.print(_holdings(report.at_start, report.at_end))
     not_seen = sum(count.not_seen for count in report.faults.values())

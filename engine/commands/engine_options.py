@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
-from drumline.engine.commands.parallel_options import PARALLEL_FIELDS, PARALLEL_OPTIONS, refuse_not_yet
-from drumline.engine.config import DTYPES, CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from drumline.engine.commands.parallel_options import PARALLEL_FLAGS, PARALLEL_OPTIONS, parallel_config, refuse_not_yet
+from drumline.engine.config import DTYPES, CacheConfig, EngineConfig, SchedulerConfig
 from drumline.protocol.errors import InvalidConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -67,7 +67,7 @@ _CACHE = (
 )
 _SCHEDULER = ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "async_scheduling")
 _ENGINE = ("model", "tokenizer", "served_model_name", "dtype", "max_model_len", "journal")
-ENGINE_OPTIONS = (*_ENGINE, "no_journal", *PARALLEL_FIELDS, *_CACHE, *_SCHEDULER)
+ENGINE_OPTIONS = (*_ENGINE, "no_journal", *PARALLEL_FLAGS, *_CACHE, *_SCHEDULER)
 
 
 def engine_options(command: F) -> F:
@@ -93,7 +93,7 @@ def engine_config(flags: dict[str, Any], seed: int | None) -> EngineConfig:
     return EngineConfig(
         **given(_ENGINE),
         **more,
-        parallel=ParallelConfig(**given(PARALLEL_FIELDS)),
+        parallel=parallel_config(flags),
         cache=CacheConfig(**given(_CACHE)),
         scheduler=SchedulerConfig(**given(_SCHEDULER)),
     )

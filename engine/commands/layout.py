@@ -10,9 +10,10 @@ from typing import Any
 import click
 from rich.console import Console
 
-from drumline.engine.commands.parallel_options import SIZE_FIELDS, SIZE_OPTIONS, refuse_not_yet
+from drumline.engine.commands.parallel_options import SIZE_OPTIONS, parallel_config, refuse_not_yet
 from drumline.engine.commands.running import one_line
-from drumline.engine.config import DTYPES, CacheConfig, EngineConfig, ParallelConfig
+from drumline.engine.config import DTYPES, CacheConfig, EngineConfig
+from drumline.engine.first_placement import first_placement
 from drumline.engine.layout_report.explain import Topic, explain
 from drumline.engine.layout_report.question import Question, ask, parse_bytes
 from drumline.engine.layout_report.report import LayoutReport, report
@@ -50,7 +51,8 @@ def layout(as_json: bool, svg: Path | None, html: Path | None, explained: bool, 
     """
     try:
         question = _question(flags)
-        answer = report(question)
+        spec = question.spec
+        answer = report(question, first_placement(question.parallel, spec, question.layout) if spec.is_moe else None)
         topics = explain(question, answer) if explained or html else ()
         _write(answer, topics, svg, html)
     except InvalidConfig as error:
@@ -75,7 +77,7 @@ def _question(flags: dict[str, Any]) -> Question:
 
     config = EngineConfig(
         **given(("model", "dtype", "max_model_len")),
-        parallel=ParallelConfig(**given(SIZE_FIELDS)),
+        parallel=parallel_config(flags),
         cache=CacheConfig(**given(("block_size", "kv_cache_dtype", "gpu_memory_utilization"))),
     )
     memory = flags["gpu_memory"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
 
+from drumline.engine.commands.eplb_options import EPLB_FLAGS, EPLB_OPTIONS, eplb_config
 from drumline.engine.config import ALL2ALL_BACKENDS, EXECUTOR_BACKENDS, PLACEMENT_STRATEGIES, ParallelConfig
 from drumline.protocol.errors import InvalidConfig
 
@@ -75,6 +76,13 @@ SIZE_OPTIONS = [
         help="Where tp exceeds the KV heads: several KV caches with rows of their own, no copies of one.",
     ),
     click.option("--pipeline-partition", callback=_layers, metavar="N,N,...", help="Layers of each stage."),
+    click.option("--enable-eplb", is_flag=True, default=None, help="Experts move between ranks as their load changes."),
+    click.option(
+        "--num-redundant-experts", type=int, metavar="N", help="Slots beyond one for each expert; default: 0."
+    ),
+    click.option(
+        "--init-expert-placement", metavar="FILE", help="Placement to start with, or load record to plan it from."
+    ),
 ]
 """Those that say who holds what of a model."""
 PARALLEL_OPTIONS = [
@@ -111,17 +119,18 @@ PARALLEL_OPTIONS = [
     click.option(
         "--distributed-timeout", type=float, metavar="SECONDS", help="Deadline of a collective; default: 120."
     ),
+    *EPLB_OPTIONS,
 ]
-SIZE_FIELDS = (
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "data_parallel_size",
-    "enable_expert_parallel",
-    "expert_placement_strategy",
-    "enable_dp_attention",
-    "pipeline_partition",
-)
 PARALLEL_FIELDS = tuple(ParallelConfig.__struct_fields__)
+PARALLEL_FLAGS = (*PARALLEL_FIELDS, *EPLB_FLAGS)
+"""What the flags of :data:`PARALLEL_OPTIONS` are called as keyword arguments."""
+
+
+def parallel_config(flags: Mapping[str, Any]) -> ParallelConfig:
+    """The configuration that flags make; one that was not given is None or not there. Raises InvalidConfig."""
+    given = {name: flags[name] for name in PARALLEL_FIELDS if flags.get(name) is not None}
+    eplb = eplb_config(given.pop("eplb_config", None), flags)
+    return ParallelConfig(**given, eplb_config=eplb)
 
 
 def describe_sizes(parallel: ParallelConfig) -> str:
@@ -137,4 +146,7 @@ def describe_sizes(parallel: ParallelConfig) -> str:
         parts.append("data parallel attention")
     if parallel.enable_expert_parallel:
         parts.append("expert parallel")
+    if parallel.enable_eplb:
+        redundant = parallel.eplb_config.num_redundant_experts
+        parts.append("experts balanced" + (f", {redundant} redundant" if redundant else ""))
     return ", ".join(parts)

@@ -55,6 +55,7 @@ class OwnedProcess:
         os.set_blocking(stdin.fileno(), False)
         os.set_blocking(stdout.fileno(), False)
         self._output_open = True
+        self._unsent = memoryview(b"")
         loop.add_reader(self._pidfd, self._ended)
         loop.add_reader(stdout.fileno(), self._readable)
         if first_line and not self.write(first_line):
@@ -70,9 +71,29 @@ class OwnedProcess:
         except (BrokenPipeError, BlockingIOError):
             return False
 
+    def send(self, data: bytes) -> None:
+        """Write all of ``data`` to its stdin, as fast as it reads there; what it has not read at its end is dropped."""
+        self._unsent = memoryview(bytes(self._unsent) + data) if self._unsent else memoryview(data)
+        self._send_more()
+
+    def _send_more(self) -> None:
+        if self._stdin.closed:
+            return
+        try:
+            self._unsent = self._unsent[os.write(self._stdin.fileno(), self._unsent) :]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            self._unsent = memoryview(b"")
+        if self._unsent:
+            self._loop.add_writer(self._stdin.fileno(), self._send_more)
+        else:
+            self._loop.remove_writer(self._stdin.fileno())
+
     def close_lifeline(self) -> None:
         """Tell the process that it should end: its stdin reaches its end."""
         if not self._stdin.closed:
+            self._loop.remove_writer(self._stdin.fileno())
             self._stdin.close()
 
     def signal(self, number: int) -> None:

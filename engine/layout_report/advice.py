@@ -134,6 +134,10 @@ def size_flags(sizes: ParallelConfig) -> str:
         shown.append("--enable-expert-parallel")
     if sizes.enable_dp_attention:
         shown.append("--enable-dp-attention")
+    if sizes.enable_eplb:
+        shown.append("--enable-eplb")
+    if sizes.eplb_config.num_redundant_experts:
+        shown.append(f"--num-redundant-experts {sizes.eplb_config.num_redundant_experts}")
     return " ".join(shown)
 
 
@@ -206,7 +210,16 @@ def _consider(question: Question, sizes: ParallelConfig) -> Alternative:
     layout = other.layout
     heaviest = [layout.global_rank(0, stage) for stage in range(layout.pipeline_parallel_size)]
     placement = other.first_placement()
-    ranks = rank_reports(layout, other.spec, placement, other.dtype, other.kv_cache_dtype, heaviest, other.device)
+    ranks = rank_reports(
+        layout,
+        other.spec,
+        placement,
+        other.dtype,
+        other.kv_cache_dtype,
+        heaviest,
+        other.device,
+        staged=other.stages_experts,
+    )
     ranks = with_memory(other, ranks)
     rooms = [one.kv_tokens for one in ranks if one.kv_tokens is not None]
     return Alternative(

@@ -72,8 +72,13 @@ def _counts(report: LayoutReport) -> str:
 
 
 def _redundant(report: LayoutReport) -> str:
-    copies = any(ids for one in report.ranks for ids in one.redundant_experts.values())
-    return "" if copies else "No expert has a redundant copy. "
+    copies = sorted({expert for one in report.ranks for ids in one.redundant_experts.values() for expert in ids})
+    if not copies:
+        return "No expert has a redundant copy. "
+    return (
+        f"Each MoE layer has {report.config.num_redundant_experts} redundant copies, of experts "
+        f"{listed(tuple(copies))} to begin with: a token goes to a copy on its own rank, else they share what comes. "
+    )
 
 
 def _moe_layers(report: LayoutReport) -> str:

@@ -12,7 +12,8 @@ _MIB = 1 << 20
 
 
 def with_memory(question: Question, ranks: tuple[RankReport, ...]) -> tuple[RankReport, ...]:
-    """The reports with what one GPU leaves for KV: memory * utilization - weights, in tokens by the bytes of one.
+    """The reports with what one GPU leaves for KV: memory * utilization - weights - staging buffers, in
+    tokens by the bytes of one.
 
     Activations and workspace come out of it too; how much they take depends on the step. Unchanged while the memory of
     a GPU is not known.
@@ -22,7 +23,7 @@ def with_memory(question: Question, ranks: tuple[RankReport, ...]) -> tuple[Rank
         return ranks
     filled = []
     for one in ranks:
-        free = usable - one.total_weight_bytes
+        free = usable - one.total_weight_bytes - one.staging_bytes
         tokens = max(free, 0) // one.kv_bytes_per_token
         fits = tokens >= question.max_model_len
         filled.append(msgspec.structs.replace(one, kv_bytes_free=free, kv_tokens=tokens, fits=fits))

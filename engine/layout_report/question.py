@@ -10,14 +10,15 @@ from typing import Any
 import msgspec
 
 from drumline.engine.config import EngineConfig, ParallelConfig
+from drumline.engine.first_placement import strategy_placement
 from drumline.engine.known_models import known_models, known_spec
-from drumline.engine.parallel_layout import parallel_layout
+from drumline.engine.parallel_layout import balances, parallel_layout
 from drumline.engine.resolve import DEMO, compute_dtype, longest_context, model_folder
 from drumline.protocol.configfields import read_json_object
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.layout import Layout
 from drumline.protocol.modelspec import ModelSpec
-from drumline.protocol.placement import I32, initial_placement
+from drumline.protocol.placement import I32
 
 MAX_GPUS = 4096
 """More are refused: a report of them would be read by nobody."""
@@ -49,16 +50,19 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cuda"
 
     @property
+    def stages_experts(self) -> bool:
+        """Whether ranks have staging buffers for experts that come while they compute."""
+        return balances(self.parallel, self.layout)
+
+    @property
     def usable_memory(self) -> int | None:
         """Bytes of one GPU that weights and KV may take."""
         return None if self.gpu_memory is None else int(self.gpu_memory * self.gpu_memory_utilization)
 
     def first_placement(self) -> I32 | None:
-        """The placement that the model starts with, int32 (moe_layers, experts); None for a dense one."""
-        if not self.spec.is_moe:
-            return None
-        strategy = self.parallel.expert_placement_strategy
-        return initial_placement(len(self.spec.moe_layers), self.spec.num_experts, self.layout.ep_size, strategy)
+        """The placement that the model starts with where no file says another, int32 (moe_layers, slots); None for a
+        dense one."""
+        return strategy_placement(self.parallel, self.spec, self.layout) if self.spec.is_moe else None
 
     def resized(self, parallel: ParallelConfig) -> Question:
         """The same about other sizes. Raises InvalidConfig when the model cannot have them."""

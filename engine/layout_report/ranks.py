@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from drumline.protocol.layout import Coordinates, Layout
+from drumline.protocol.messages import NO_NUMBERS
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.placement import I32, PlacementMaps
 from drumline.protocol.shards import RankShards, Span, rank_shards
@@ -26,9 +27,10 @@ class RankReport(msgspec.Struct, frozen=True):
     ``experts``: by MoE layer, the logical experts it holds (whole or, with expert parallel off, a slice of each),
     ascending; ``redundant_experts``: those of which an earlier slot holds a copy. ``groups``: the ranks, itself
     included, that it computes with: tp, pp, dp, ep (those that hold the experts of its stage between them, with expert
-    parallel on or off; dense models have none), attn_tp, attn_dp. ``weight_bytes`` by kind. The last three are None
-    unless the memory of a GPU is known: ``kv_bytes_free`` what it leaves for KV (negative: weights do not fit),
-    ``kv_tokens`` how many tokens that holds, ``fits`` whether one sequence of the longest context has room.
+    parallel on or off; dense models have none), attn_tp, attn_dp. ``weight_bytes`` by kind; ``staging_bytes``: of
+    the buffers in which experts arrive that move while the rank computes. Three are None unless the memory of a GPU is
+    known: ``kv_bytes_free`` what it leaves for KV (negative: weights do not fit), ``kv_tokens`` how many tokens that
+    holds, ``fits`` whether one sequence of the longest context has room.
     """
 
     rank: int
@@ -59,6 +61,7 @@ class RankReport(msgspec.Struct, frozen=True):
     kv_bytes_free: int | None = None
     kv_tokens: int | None = None
     fits: bool | None = None
+    staging_bytes: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -77,12 +80,12 @@ def rank_groups(layout: Layout, spec: ModelSpec, rank: int) -> dict[str, tuple[i
 class _ExpertShares:
     """Which experts each ep rank holds; a placement's rows are often alike and are read once."""
 
-    def __init__(self, layout: Layout, spec: ModelSpec, placement: I32 | None) -> None:
+    def __init__(self, layout: Layout, spec: ModelSpec, placement: I32 | None, own: I32) -> None:
         self._layers = {layer: row for row, layer in enumerate(spec.moe_layers)}
         self._known: dict[tuple[bytes, int], tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._maps: PlacementMaps | None = None
         if spec.is_moe and placement is not None:
-            self._maps = PlacementMaps.build(placement, spec.num_experts, layout.ep_size)
+            self._maps = PlacementMaps.build(placement, spec.num_experts, layout.ep_size, own)
             self._rows = [row.tobytes() for row in self._maps.physical_to_logical]
 
     def of(self, shards: RankShards) -> tuple[dict[int, tuple[int, ...]], dict[int, tuple[int, ...]], dict[int, int]]:
@@ -131,22 +134,29 @@ def rank_reports(
     kv_dtype: str,
     ranks: Iterable[int] | None = None,
     device: str = "cuda",
+    slots: I32 = NO_NUMBERS,
+    staged: bool = False,
 ) -> tuple[RankReport, ...]:
     """One report per rank, or for ``ranks`` alone; ``check_model`` must have passed.
 
     ``placements``: int32 (moe_layers, slots), the logical expert of each slot, or one such by lockstep group; None for
     a dense model. ``dtype`` and ``kv_dtype``: float32, bfloat16 or float16, of weights and KV cache. ``device``: cuda
-    or cpu, which holds a large tied output head twice.
+    or cpu, which holds a large tied output head twice. ``slots``: int32 (ep ranks,), how many expert slots each has;
+    empty: shared out evenly. ``staged``: with a staging buffer for each slot of a layer.
     """
     if isinstance(placements, Mapping):
         placements = placements.get(0)  # all replicas of a MoE model are one lockstep group
-    shares, sizes = _ExpertShares(layout, spec, placements), _Sizes(spec, dtype, device)
+    shares, sizes = _ExpertShares(layout, spec, placements, slots), _Sizes(spec, dtype, device)
     reports = []
     for rank in range(layout.num_ranks) if ranks is None else ranks:
         shards = rank_shards(layout, spec, rank)
-        experts, redundant, slots = shares.of(shards)
-        weight_bytes = sizes.of(shards, slots)
-        reports.append(_report(layout, spec, rank, shards, experts, redundant, weight_bytes, DTYPE_BYTES[kv_dtype]))
+        experts, redundant, held = shares.of(shards)
+        weight_bytes = sizes.of(shards, held)
+        one = _report(layout, spec, rank, shards, experts, redundant, weight_bytes, DTYPE_BYTES[kv_dtype])
+        if staged and held:
+            # A rank has as many slots in every layer, and buffers for those of one.
+            one = msgspec.structs.replace(one, staging_bytes=weight_bytes.get("experts", 0) // len(held))
+        reports.append(one)
     return tuple(reports)
 
 

@@ -16,6 +16,7 @@ from drumline.engine.layout_report.memory import with_memory
 from drumline.engine.layout_report.question import Question
 from drumline.engine.layout_report.ranks import RankReport, rank_reports
 from drumline.protocol.layout import Layout
+from drumline.protocol.messages import NO_NUMBERS
 from drumline.protocol.placement import I32
 from drumline.protocol.shards import layer_split
 from drumline.protocol.weights import ModelWeights
@@ -45,6 +46,8 @@ class LayoutConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_gpus: int
     gpu_memory_bytes: int | None
     gpu_memory_utilization: float
+    enable_eplb: bool = False
+    num_redundant_experts: int = 0
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,13 +121,24 @@ def _spaced(value: Any) -> str:
     return msgspec.json.format(msgspec.json.encode(value), indent=0).decode()
 
 
-def report(question: Question, placement: I32 | None = None) -> LayoutReport:
-    """The answer. ``placement``: int32 (moe_layers, slots) of a running engine; None: the one a model starts with."""
+def report(question: Question, placement: I32 | None = None, slots: I32 = NO_NUMBERS) -> LayoutReport:
+    """The answer. ``placement``: int32 (moe_layers, slots) of a running engine; None: the one a model starts with.
+    ``slots``: int32 (ep ranks,), how many of them each rank has; empty: shared out evenly."""
     layout, spec = question.layout, question.spec
     if placement is None:
         placement = question.first_placement()
     dtype, kv_dtype = question.dtype, question.kv_cache_dtype
-    ranks = with_memory(question, rank_reports(layout, spec, placement, dtype, kv_dtype, device=question.device))
+    reports = rank_reports(
+        layout,
+        spec,
+        placement,
+        dtype,
+        kv_dtype,
+        device=question.device,
+        slots=slots,
+        staged=question.stages_experts,
+    )
+    ranks = with_memory(question, reports)
     advice = advise(question, ranks)
     return LayoutReport(
         config=_config(question),
@@ -187,6 +201,8 @@ def _config(question: Question) -> LayoutConfig:
         num_gpus=question.num_gpus,
         gpu_memory_bytes=question.gpu_memory,
         gpu_memory_utilization=question.gpu_memory_utilization,
+        enable_eplb=parallel.enable_eplb,
+        num_redundant_experts=parallel.eplb_config.num_redundant_experts,
     )
 
 

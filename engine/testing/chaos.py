@@ -17,6 +17,7 @@ from drumline.engine.testing.playing import play
 from drumline.engine.testing.records import InjectedFault, InjectionFailed
 from drumline.engine.testing.recovery import Recoveries, Spread
 from drumline.engine.testing.scenario import Chances, Scenario, ScheduledFault, random_scenario
+from drumline.engine.testing.shuffling import Shuffling
 from drumline.protocol.messages import Event
 
 WARM_S = 2.0
@@ -40,9 +41,9 @@ class ChaosPlan(msgspec.Struct, frozen=True):
     streams: int = 32
     max_tokens: int = 128
 
-    @property
-    def chances(self) -> Chances:
-        return Chances(every_s=self.every_s)
+    def chances(self, experts_move: bool = False) -> Chances:
+        """How its faults are drawn."""
+        return Chances(every_s=self.every_s, experts_move=experts_move)
 
 
 class FaultCount(msgspec.Struct):
@@ -55,7 +56,8 @@ class FaultCount(msgspec.Struct):
 class ChaosReport(msgspec.Struct, kw_only=True):
     """``seconds``: how long faults went on. ``recovery``: from a fault to the token that ended a stream's longest
     silence after it, by kind of fault. ``regroup``: how long groups stood still after faults, ``join`` when a
-    replacement came, as the engine itself tells. ``at_start`` and ``at_end``: with load, and after it."""
+    replacement came, as the engine itself tells. ``rebalances``: by outcome, where experts were moved all the time.
+    ``at_start`` and ``at_end``: with load, and after it."""
 
     model: str
     ranks: int
@@ -79,6 +81,7 @@ class ChaosReport(msgspec.Struct, kw_only=True):
     journal_at_end: str
     failures: list[str]
     not_seen: list[str]
+    rebalances: dict[str, int] = {}
 
     @property
     def clean(self) -> bool:
@@ -97,6 +100,7 @@ class Chaos:
         self.recoveries = Recoveries(plan.streams)
         self.events: Counter[str] = Counter()
         self.load: Load | None = None
+        self.shuffling: Shuffling | None = None
         self.started_at = 0.0
         self.last = ""
         self._on_event = on_event
@@ -134,18 +138,24 @@ class Chaos:
             load = self.load = Load(faulty.engine, asked, self.recoveries.token)
             await load.learn()
             running = asyncio.create_task(load.run())
+            tasks = [running]
             try:
+                if self.config.parallel.enable_eplb:
+                    self.shuffling = await Shuffling.of(faulty.engine)
+                    tasks.append(asyncio.create_task(self.shuffling.on_and_on()))
                 return await self._under(faulty, load, running)
             finally:
-                running.cancel()
-                await asyncio.gather(running, return_exceptions=True)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _under(self, faulty: FaultyEngine, load: Load, running: asyncio.Task[None]) -> ChaosReport:
         await asyncio.sleep(WARM_S)
         status = await faulty.engine.status()
         supervisor = status.supervisor.pid
         at_start = await asyncio.to_thread(take_census, supervisor)
-        scenario = random_scenario(self.plan.seed, len(status.ranks), self.plan.seconds, self.plan.chances)
+        chances = self.plan.chances(experts_move=self.shuffling is not None)
+        scenario = random_scenario(self.plan.seed, len(status.ranks), self.plan.seconds, chances)
         self.started_at = time.monotonic()
         await self._play(faulty, scenario, running)
         seconds = time.monotonic() - self.started_at
@@ -182,6 +192,7 @@ class Chaos:
             journal_at_end=end,
             failures=load.tally.failures,
             not_seen=self.not_seen,
+            rebalances=dict(self.shuffling.outcomes) if self.shuffling is not None else {},
         )
 
     async def _play(self, faulty: FaultyEngine, scenario: Scenario, running: asyncio.Task[None]) -> None:

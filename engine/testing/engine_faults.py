@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import time
+
 import msgspec
 
 from drumline.engine.sampling_params import SamplingParams
 from drumline.engine.testing.census import role_of
-from drumline.engine.testing.injector import Injector, with_process
+from drumline.engine.testing.injector import LOOK_S, Injector, with_process
 from drumline.engine.testing.processes import Process, family
 from drumline.engine.testing.records import InjectedFault, InjectionFailed
 from drumline.protocol.errors import DrumlineError
@@ -72,6 +76,26 @@ async def kill_forkserver(injector: Injector) -> InjectedFault:
     process = Process(found[0], "the forkserver")
     await with_process(process, process.kill())
     return injector.note("forkserver", "its process has ended", pid=process.pid)
+
+
+async def kill_planner(injector: Injector) -> InjectedFault:
+    """SIGKILL of the process that plans placements of experts, once there is one."""
+    supervisor = (await injector.status()).supervisor.pid
+    deadline = time.monotonic() + injector.timeout_s
+    while not (found := _planners(supervisor, injector.engine.config.inline)):
+        if time.monotonic() > deadline:
+            text = f"no planner was seen within {injector.timeout_s:g} s: it is started for the first plan"
+            raise InjectionFailed(text)
+        await asyncio.sleep(LOOK_S)
+    process = Process(found[0], "the planner")
+    await with_process(process, process.kill())
+    return injector.note("planner", "its process has ended", pid=process.pid)
+
+
+def _planners(supervisor: int, inline: bool) -> list[int]:
+    """The coordinator starts it, which may be this process."""
+    pids = {*family(supervisor), *(family(os.getpid()) if inline else ())}
+    return [pid for pid in sorted(pids) if role_of(pid) == "planner"]
 
 
 async def fill_disk(injector: Injector) -> InjectedFault:

@@ -35,8 +35,9 @@ class FaultyEngine:
     often as they are killed. Every method returns what was seen to happen, once it has been seen, and adds it to
     ``injected``; it raises :class:`~drumline.engine.testing.InjectionFailed` when that is not within ``timeout_s``
     seconds, for a rank that does not exist or a point that is never reached too. ``at``: None is now, by signal; the
-    number of a step, or a point ("loading", "leave", "regroup", "joining", "idle", "step", "prefill", "decode"), has
-    the rank do it to itself at the first time that it comes there. ``on_event`` is called with every event.
+    number of a step, or a point ("loading", "leave", "regroup", "joining", "idle", "step", "prefill", "decode",
+    "staging", "commit"), has the rank do it to itself at the first time that it comes there. ``on_event`` is called
+    with every event.
     """
 
     def __init__(
@@ -226,6 +227,10 @@ class FaultyEngine:
     async def kill_forkserver(self) -> InjectedFault:
         """SIGKILL of the process that starts the ranks."""
         return await engine_faults.kill_forkserver(self._injector)
+
+    async def kill_planner(self) -> InjectedFault:
+        """SIGKILL of the process that plans placements of experts, once there is one."""
+        return await engine_faults.kill_planner(self._injector)
 
     async def fill_journal_disk(self) -> InjectedFault:
         """A real SQLITE_FULL: the journal may not grow. It is degraded."""

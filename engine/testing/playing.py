@@ -57,6 +57,8 @@ async def bring_about(faulty: FaultyEngine, fault: ScheduledFault, seed: int = 0
         return await faulty.pause_coordinator(fault.seconds)
     if kind == "forkserver":
         return await faulty.kill_forkserver()
+    if kind == "planner":
+        return await faulty.kill_planner()
     if kind == "full_disk":
         seen = await faulty.fill_journal_disk()
         await asyncio.sleep(fault.seconds)

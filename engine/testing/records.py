@@ -18,9 +18,9 @@ class InjectedFault(msgspec.Struct, frozen=True):
     """A fault that was seen to happen.
 
     ``kind``: kill, stop, exit, segv, raise, nan, hang, slow; drop, delay, duplicate, corrupt, partition; coordinator,
-    stopped_coordinator, forkserver, full_disk. ``rank`` is -1 where there is none, ``pid`` 0 where none is known.
-    ``point`` and ``step``: where it was to happen. ``at``: in the seconds of ``time.monotonic()``. ``evidence``: by
-    what it was seen.
+    stopped_coordinator, forkserver, planner, full_disk. ``rank`` is -1 where there is none, ``pid`` 0 where none is
+    known. ``point`` and ``step``: where it was to happen. ``at``: in the seconds of ``time.monotonic()``. ``evidence``:
+    by what it was seen.
     """
 
     kind: str

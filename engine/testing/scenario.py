@@ -13,9 +13,9 @@ RANK_KINDS = fault_names.RANK_KINDS
 slow."""
 MESSAGE_KINDS = fault_names.MESSAGE_KINDS
 """What befalls messages between the coordinator and ranks; ``rank`` -1 means all of them."""
-OTHER_KINDS = ("coordinator", "stopped_coordinator", "full_disk", "partition", "forkserver")
+OTHER_KINDS = ("coordinator", "stopped_coordinator", "full_disk", "partition", "forkserver", "planner")
 """The coordinator is killed, or stopped for ``seconds``; the journal's disk is full, or ``rank`` cut off, for as long;
-what starts the ranks is killed."""
+what starts the ranks is killed, or what plans placements of experts."""
 POINTS = fault_names.POINTS
 FROM_INSIDE = ("exit", "segv", "raise", "nan")
 """What looks as if a request had caused it."""
@@ -72,11 +72,12 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Chances(msgspec.Struct, frozen=True):
     """How a random scenario is drawn. ``every_s``: the mean time between faults. ``inside_every_s``: how long at least
     between two faults from inside, so that no request is in two of them and suspected to cause them.
-    ``longest_stop_s``: how long a rank is stopped at most."""
+    ``longest_stop_s``: how long a rank is stopped at most. ``experts_move``: between steps, all the time."""
 
     every_s: float = 5.0
     inside_every_s: float = 60.0
     longest_stop_s: float = 20.0
+    experts_move: bool = False
 
 
 _DRAWN = (
@@ -98,6 +99,7 @@ _DRAWN = (
     ("full_disk", 3),
     ("forkserver", 3),
 )
+_DRAWN_OF_SHUFFLES = (("planner", 3),)
 TRIGGER_S = 0.2
 _STEP_POINTS = ("step", "prefill", "decode")
 
@@ -109,9 +111,10 @@ def random_scenario(seed: int, ranks: int, seconds: float, chances: Chances | No
     rng = random.Random(seed)
     faults: list[ScheduledFault] = []
     inside_at = -chances.inside_every_s
+    drawn = (*_DRAWN, *(_DRAWN_OF_SHUFFLES if chances.experts_move else ()))
     at = rng.uniform(0.5, 1.5) * chances.every_s
     while at < seconds:
-        kind = rng.choices([kind for kind, _ in _DRAWN], [weight for _, weight in _DRAWN])[0]
+        kind = rng.choices([kind for kind, _ in drawn], [weight for _, weight in drawn])[0]
         if kind in FROM_INSIDE:
             kind = kind if at - inside_at >= chances.inside_every_s else "kill"
             inside_at = at if kind in FROM_INSIDE else inside_at
@@ -141,16 +144,17 @@ def _drawn(rng: random.Random, kind: str, at: float, ranks: int, chances: Chance
             probability=rng.choice((0.1, 0.5)),
             times=rng.choice((1, 3)) if kind in ("drop", "corrupt") else rng.choice((10, 50)),
         )
-    if kind in ("coordinator", "forkserver"):
+    if kind in ("coordinator", "forkserver", "planner"):
         return ScheduledFault(kind, at)
     if kind == "stopped_coordinator":
         return ScheduledFault(kind, at, seconds=rng.choice((0.5, 3.0)))
     if kind in ("full_disk", "partition"):
         return ScheduledFault(kind, at, rank if kind == "partition" else -1, seconds=rng.uniform(0.5, 3.0))
-    points = ("now", "now", "prefill", "decode", "joining", "loading")
+    moving = fault_names.SHUFFLE_POINTS if chances.experts_move else ()
+    points = ("now", "now", "prefill", "decode", "joining", "loading", *moving)
     point = rng.choice((*points, "leave", "regroup") if ranks > 1 else points)
     if kind in ("raise", "nan", "hang", "slow"):
-        point = rng.choice(_STEP_POINTS)
+        point = rng.choice((*_STEP_POINTS, *(moving if kind in ("raise", "hang") else ())))
     return ScheduledFault(
         kind,
         at,

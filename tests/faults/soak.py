@@ -1,7 +1,8 @@
 """Faults for as long as you like: ``python -m tests.faults.soak --minutes 20``.
 
-More than half of the time every rank of every layout is killed at every point, in a random order; then ranks are
-stopped for 20 s, coordinators killed, and hostile frames sent. ``--seed N``: in the order of that run.
+About half of the time every rank of every layout is killed at every point, in a random order; then the same in every
+phase of experts that move, ranks are stopped for 20 s, coordinators killed, and hostile frames sent. ``--seed N``: in
+the order of that run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tests import procfs
 from tests.checkpoints import make_checkpoint
 from tests.faults.hostile_soak import hostile
 from tests.faults.matrix import LAYOUTS, POINTS, dense, run
+from tests.faults.shuffles import Shuffles, balanced
 from tests.faults.streams import Streams
 from tests.faults.test_coordinator_killed import kill_coordinators, kill_rank_and_coordinator
 from tests.faults.test_stopped import TWO, sleep_after_a_death, sleep_idle, sleep_through
@@ -98,6 +101,38 @@ async def _report_sleep(rank: int, at: str | None, sleep: Coroutine[Any, Any, fl
     assert took < SILENCE_S + 1.0, f"streams stood still for {took:.1f} s"
 
 
+async def shuffles(rng: random.Random, seconds: float) -> None:
+    """Every rank in every phase of experts that move, and who plans and coordinates that, in layouts with EP."""
+    layouts = [name for name in LAYOUTS if name.endswith("-ep")]
+    rng.shuffle(layouts)
+    start = time.monotonic()
+    for number, name in enumerate(layouts):
+        more = until(start + (number + 1) * seconds / len(layouts))
+        async with Shuffles.of(balanced(name)) as moving:
+            faults = _faults_of_shuffles(moving, RANKS.get(name, 2))
+            rng.shuffle(faults)
+            for fault in faults:
+                if not more():
+                    break
+                await fault()
+        print(f"{name}: {len(moving.done)} ends while experts moved")
+
+
+def _faults_of_shuffles(moving: Shuffles, ranks: int) -> list[Callable[[], Coroutine[None, None, None]]]:
+    faults: list[Callable[[], Coroutine[None, None, None]]] = [moving.kill_coordinator, moving.kill_planner]
+    for rank in range(ranks):
+        faults += [
+            partial(moving.kill_while_planning, rank),
+            partial(moving.kill_at, "staging", rank),
+            partial(moving.kill_when_half_are_staged, rank, of_those=False),
+            partial(moving.kill_when_half_are_staged, rank, of_those=True),
+            partial(moving.kill_at, "commit", rank),
+            partial(moving.kill_after_the_commit, rank),
+            partial(moving.stop_at_staging, rank, ASLEEP_S),
+        ]
+    return faults
+
+
 async def coordinators(rng: random.Random, seconds: float) -> None:
     """One coordinator after the other, then one in the middle of a recovery."""
     more = until(time.monotonic() + seconds)
@@ -114,10 +149,11 @@ async def coordinators(rng: random.Random, seconds: float) -> None:
 
 
 PHASES: tuple[tuple[str, float, Phase], ...] = (
-    ("kills", 0.55, kills),
+    ("kills", 0.45, kills),
+    ("shuffles", 0.15, shuffles),
     ("stops", 0.15, stops),
     ("coordinators", 0.1, coordinators),
-    ("hostile", 0.2, hostile),
+    ("hostile", 0.15, hostile),
 )
 
 

@@ -17,6 +17,12 @@ ExpertWeights: TypeAlias = tuple[Tensor, Tensor]
 """One expert: (2 * channels, hidden), the gate's rows first, and (hidden, channels)."""
 
 EMPTY = -1
+_LAYER_BITS = 32
+
+
+def canary_of(number: int, expert: int) -> int:
+    """What travels with ``expert`` of MoE layer ``number``, to be known again on arrival."""
+    return (number << _LAYER_BITS) + expert
 
 
 class ExpertLayer:
@@ -24,6 +30,8 @@ class ExpertLayer:
 
     ``number``: of the layer among the model's MoE layers; ``layer``: of the layer in the model. ``held``: int32
     (slots,), the expert that is whole in each slot, -1 for none. ``span``: the channels that this rank has of each.
+    ``canary``: int64 (slots,), what came with the expert of each slot; ``generation``: of the stage that last changed
+    the layer, 0 before the first in an epoch.
     """
 
     def __init__(self, moe: MoeLayer, number: int, layer: int, held: Sequence[int], span: Span) -> None:
@@ -32,6 +40,10 @@ class ExpertLayer:
         self.layer = layer
         self.held: I32 = np.array(held, dtype=np.int32)
         self.span = span
+        self.canary = np.array([canary_of(number, expert) for expert in held], dtype=np.int64)
+        self.generation = 0
+        #: Experts outside of the slots, and their memory: they are numbered on behind the slots.
+        self.spares: list[tuple[int, ExpertWeights]] = []
 
     @property
     def num_slots(self) -> int:
@@ -39,7 +51,22 @@ class ExpertLayer:
         return len(self.held)
 
     def weights(self, slot: int) -> ExpertWeights:
-        """The memory of ``slot``."""
+        """The memory that ``slot`` computes with."""
+        return self.moe.experts.used(slot)
+
+    def source(self, slot: int) -> ExpertWeights:
+        """The memory of ``slot``, or of a spare behind the slots."""
+        return self.weights(slot) if slot < self.num_slots else self.spares[slot - self.num_slots][1]
+
+    def holds(self, slot: int, expert: int) -> bool:
+        """Whether all of ``expert`` stands in ``slot``, or is a spare with that number."""
+        if slot < self.num_slots:
+            return int(self.held[slot]) == expert
+        spare = slot - self.num_slots
+        return spare < len(self.spares) and self.spares[spare][0] == expert
+
+    def row(self, slot: int) -> ExpertWeights:
+        """The slot's own memory."""
         return self.moe.experts.gate_up[slot], self.moe.experts.down[slot]
 
     def empty(self, slot: int) -> ExpertWeights:
@@ -51,6 +78,7 @@ class ExpertLayer:
         """All of ``expert`` stands in ``slot``, which has computed no token yet."""
         self.moe.experts.load[slot] = 0
         self.held[slot] = expert
+        self.canary[slot] = canary_of(self.number, expert)
 
     def write(self, slot: int, expert: int, weights: ExpertWeights) -> None:
         """Put ``expert`` into ``slot``."""
@@ -70,7 +98,9 @@ class ExpertLayer:
             target[:kept].copy_(source[:kept])
         held = np.full(num_slots, EMPTY, dtype=np.int32)
         held[:kept] = self.held[:kept]
-        self.moe.experts, self.held = experts, held
+        canary = np.full(num_slots, EMPTY, dtype=np.int64)
+        canary[:kept] = self.canary[:kept]
+        self.moe.experts, self.held, self.canary = experts, held, canary
 
     def recut_room(self, span: Span) -> tuple[Tensor, Tensor]:
         """Undefined memory for the channels ``span`` of every expert: gate_up and down, as in LocalExperts."""

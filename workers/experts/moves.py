@@ -72,7 +72,7 @@ def check_moves(layer: ExpertLayer, moves: Sequence[Move], me: int, wanted: I32 
     ``wanted`` of it, int32 (slots,); None: the rank keeps what it has."""
     fetched: dict[int, int] = {}
     for move in moves:
-        if move.source == me and not _held(layer, move.source_slot, move.expert):
+        if move.source == me and not layer.holds(move.source_slot, move.expert):
             again = move.target == me and fetched.get(move.source_slot) == move.expert
             if not again:
                 raise ProtocolError(f"slot {move.source_slot} of MoE layer {layer.number} does not hold {move.expert}")
@@ -81,12 +81,8 @@ def check_moves(layer: ExpertLayer, moves: Sequence[Move], me: int, wanted: I32 
     if wanted is None:
         return
     for slot, expert in enumerate(wanted.tolist()):
-        if slot not in fetched and not _held(layer, slot, expert):
+        if slot not in fetched and not layer.holds(slot, expert):
             raise ProtocolError(f"nothing brings expert {expert} into slot {slot} of MoE layer {layer.number}")
-
-
-def _held(layer: ExpertLayer, slot: int, expert: int) -> bool:
-    return slot < layer.num_slots and int(layer.held[slot]) == expert
 
 
 def bring(
@@ -114,11 +110,11 @@ def _round(layer: ExpertLayer, moves: Sequence[Move], me: int, transfer: Group |
     dtype = layer.moe.experts.down.dtype
     for move in moves:
         if move.source == me == move.target:
-            if _held(layer, move.source_slot, move.expert):
-                arrived[move.slot] = _copied(layer.weights(move.source_slot))
+            if layer.holds(move.source_slot, move.expert):
+                arrived[move.slot] = _copied(layer.source(move.source_slot))
         elif move.source == me:
             group = _needed(transfer, move)
-            sends += [group.isend(part, move.target) for part in layer.weights(move.source_slot)]
+            sends += [group.isend(part, move.target) for part in layer.source(move.source_slot)]
         elif move.target == me:
             group = _needed(transfer, move)
             gate_up, down = (group.irecv(shape, dtype, move.source) for shape in shapes)

@@ -11,7 +11,7 @@ from torch import Tensor
 from drumline.protocol.checkpoint import CheckpointIndex
 from drumline.protocol.errors import ProtocolError
 from drumline.protocol.layout import Layout
-from drumline.protocol.messages import I32, I32Matrix
+from drumline.protocol.messages import I32, NO_NUMBERS, I32Matrix
 from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.placement import PlacementMaps
 from drumline.protocol.shards import RankShards, layer_split, rank_shards
@@ -20,6 +20,7 @@ from drumline.workers.epoch_place import EpochPlace
 from drumline.workers.experts.expert_layer import EMPTY, ExpertLayer, loads
 from drumline.workers.experts.moves import CHECKPOINT, Move, bring, check_moves, read_moves
 from drumline.workers.experts.reading import ExpertReader
+from drumline.workers.experts.shuffler import Shuffler
 from drumline.workers.layers import MoeLayer, RoutingView
 from drumline.workers.models import ModelBuild
 
@@ -42,8 +43,10 @@ class RankExperts:
         layers: Sequence[ExpertLayer],
         reader: ExpertReader,
         device: torch.device,
+        staging: bool = False,
     ) -> None:
-        """``me``: the rank within ``world``; ``layers``: of its stage, as they were loaded."""
+        """``me``: the rank within ``world``; ``layers``: of its stage, as they were loaded. ``staging``: whether
+        experts may move between steps."""
         self.layers = tuple(layers)
         self._spec = spec
         self._world = world
@@ -54,17 +57,24 @@ class RankExperts:
         self._layer_stage = tuple(
             next(stage for stage, (first, end) in enumerate(spans) if first <= layer < end) for layer in spec.moe_layers
         )
+        #: What moves between steps; None where nothing does.
+        self.shuffler: Shuffler | None = None
+        if staging and self.whole:
+            self.shuffler = Shuffler(self.layers, self._layer_stage, spec.num_experts, me)
 
     @classmethod
-    def loaded(cls, build: ModelBuild, moe_layers: Sequence[MoeLayer], index: CheckpointIndex) -> RankExperts:
-        """Those of a model that has just been loaded; ``moe_layers``: of its stage."""
+    def loaded(
+        cls, build: ModelBuild, moe_layers: Sequence[MoeLayer], index: CheckpointIndex, staging: bool = False
+    ) -> RankExperts:
+        """Those of a model that has just been loaded; ``moe_layers``: of its stage. ``staging``: with buffers for
+        experts that come while steps run."""
         spec, span = build.spec, build.shards.expert_mlp
         here = [layer for layer in spec.moe_layers if build.shards.layers[0] <= layer < build.shards.layers[1]]
         layers = []
         for moe, layer in zip(moe_layers, here, strict=True):
             number = spec.moe_layers.index(layer)
             layers.append(ExpertLayer(moe, number, layer, build.local_experts(number), span))
-        return cls(spec, build.layout, build.rank, layers, ExpertReader(build.weights, index), build.device)
+        return cls(spec, build.layout, build.rank, layers, ExpertReader(build.weights, index), build.device, staging)
 
     @property
     def whole(self) -> bool:
@@ -78,14 +88,29 @@ class RankExperts:
 
     def held(self) -> I32Matrix:
         """int32 (moe_layers, slots): the expert that stands in each slot now, -1 for none and in layers of other
-        stages; (0, 0) where every rank has all experts."""
+        stages, and behind the slots as many columns as :attr:`num_spare` with what stands outside of them; (0, 0) where
+        every rank has all experts."""
         if not self.whole:
             return np.zeros((0, 0), dtype=np.int32)
         width = max((layer.num_slots for layer in self.layers), default=0)
-        held = np.full((len(self._layer_stage), width), EMPTY, dtype=np.int32)
+        held = np.full((len(self._layer_stage), width + self.num_spare), EMPTY, dtype=np.int32)
         for layer in self.layers:
             held[layer.number, : layer.num_slots] = layer.held
+            for place, (expert, _) in enumerate(layer.spares, width):
+                held[layer.number, place] = expert
         return held
+
+    @property
+    def num_spare(self) -> int:
+        """Experts that stand outside of the slots since the epoch was left."""
+        return max((len(layer.spares) for layer in self.layers), default=0)
+
+    def leave(self) -> None:
+        """Nothing moves between steps any more. What is outside of the slots can be copied from in the next refit."""
+        if self.shuffler is not None:
+            self.shuffler.close()
+            for layer in self.layers:
+                layer.spares = self.shuffler.spares(layer)
 
     def moving_ranks(self, epoch: EpochPlace, placement: I32Matrix, slots: I32, fetches: I32Matrix) -> frozenset[int]:
         """The ranks of this stage that give each other experts; arguments and errors as of :meth:`refit`."""
@@ -104,6 +129,7 @@ class RankExperts:
         fetches: I32Matrix,
         transfer: Group | None,
         check: Check,
+        nodes: I32 = NO_NUMBERS,
     ) -> None:
         """Bring the experts of ``epoch`` into place and route by them; arguments as in Configure.
 
@@ -124,8 +150,9 @@ class RankExperts:
         if shards is None:
             return
         sharded = epoch.layout.expert_group_size > 1 and not self.whole
+        near = nodes_of_stage(epoch, nodes)
         for layer in self.layers:
-            layer.moe.routing = RoutingView.of(maps, layer.number, shards.ep_rank, self._device)
+            layer.moe.routing = RoutingView.of(maps, layer.number, shards.ep_rank, self._device, near)
             layer.moe.sharded = sharded
 
     def _maps(self, epoch: EpochPlace, placement: I32Matrix, slots: I32) -> PlacementMaps:
@@ -172,6 +199,10 @@ class RankExperts:
     ) -> None:
         """All that the layer gives and gets is on its way or has come before any of its slots changes."""
         arrived = bring(layer, moves, self._me, transfer, check)
+        if layer.spares or (self.shuffler is not None and self.shuffler.moves(layer)):
+            layer.spares = []
+            if self.shuffler is not None:
+                self.shuffler.forget()
         if wanted is None:
             return
         layer.resize(len(wanted))
@@ -203,3 +234,10 @@ class RankExperts:
             targets = [(expert, gate_up[slot], down[slot]) for slot, expert in enumerate(layer.held.tolist())]
             self._reader.read(shards, layer.layer, targets, check)
             layer.replace(gate_up, down, shards.expert_mlp)
+
+
+def nodes_of_stage(epoch: EpochPlace, nodes: I32) -> list[int]:
+    """The numbers of the hosts of the ranks of this rank's stage, by ep rank, from those of all members."""
+    if not len(nodes) or epoch.parked:
+        return []
+    return [int(nodes[place]) for place in epoch.layout.expert_group(epoch.rank)]

@@ -13,17 +13,28 @@ from drumline.workers.layers.mlp import gated_silu
 class LocalExperts:
     """``gate_up`` (slots, 2 * intermediate, hidden), the gate's rows first, and ``down`` (slots, hidden, intermediate).
 
-    ``load`` int64 (slots,) counts the tokens that each slot has computed.
+    A slot computes with its own row of both, or with other memory that it was told to :meth:`use`. ``load`` int64
+    (slots,) counts the tokens that each slot has computed.
     """
 
     def __init__(self, gate_up: Tensor, down: Tensor):
         self.intermediate_size = down.shape[2]
         self.gate_up = gate_up
         self.down = down
+        self._used = list(zip(gate_up, down, strict=True))
         # The same memory, transposed for the product: experts that are moved are written in place.
         self._gate_up_of = list(gate_up.transpose(1, 2))
         self._down_of = list(down.transpose(1, 2))
         self.load = torch.zeros(len(down), dtype=torch.int64, device=down.device)
+
+    def used(self, slot: int) -> tuple[Tensor, Tensor]:
+        """The memory that the slot computes with: (2 * intermediate, hidden) and (hidden, intermediate)."""
+        return self._used[slot]
+
+    def use(self, slot: int, gate_up: Tensor, down: Tensor) -> None:
+        """Compute ``slot`` with this memory from now on."""
+        self._used[slot] = gate_up, down
+        self._gate_up_of[slot], self._down_of[slot] = gate_up.t(), down.t()
 
     def __call__(self, x: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
         """Outputs float32 (P, hidden) of P pairs: row ``tokens[p]`` of ``x`` in local slot ``slots[p]``, both int64."""

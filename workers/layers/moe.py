@@ -20,8 +20,10 @@ from torch import Tensor
 
 from drumline.protocol.placement import PlacementMaps
 from drumline.workers.collectives import Group
+from drumline.workers.layers.expert_maps import ExpertMaps
 from drumline.workers.layers.experts import LocalExperts, sum_top_k
 from drumline.workers.layers.parallel import ModelGroups, ParallelMlp, gather_shares
+from drumline.workers.layers.replica_choice import ReplicaChoice
 from drumline.workers.layers.routing import Gate
 from drumline.workers.step_tokens import StepTokens
 
@@ -63,13 +65,16 @@ class RoutingView:
     """One layer's part of the placement maps, on the device.
 
     ``slot_of_expert`` int64 (experts,): the physical slot that serves each logical expert. ``owner_of_slot`` int64
-    (slots,): its ep rank. This rank owns slots ``first_slot`` to ``end_slot``.
+    (slots,): its ep rank. This rank owns slots ``first_slot`` to ``end_slot``. ``replicas``: the choice where experts
+    have several copies; ``maps``: what to route by instead of both.
     """
 
     slot_of_expert: Tensor
     owner_of_slot: Tensor
     first_slot: int
     end_slot: int
+    replicas: ReplicaChoice | None = None
+    maps: ExpertMaps | None = None
 
     @classmethod
     def nowhere(cls, device: torch.device) -> RoutingView:
@@ -78,15 +83,24 @@ class RoutingView:
         return cls(nothing, nothing, 0, 0)
 
     @classmethod
-    def of(cls, maps: PlacementMaps, moe_layer: int, ep_rank: int, device: torch.device) -> RoutingView:
-        """The part of MoE layer number ``moe_layer``, as rank ``ep_rank`` sees it."""
+    def of(
+        cls, maps: PlacementMaps, moe_layer: int, ep_rank: int, device: torch.device, nodes: Sequence[int] = ()
+    ) -> RoutingView:
+        """The part of MoE layer number ``moe_layer``, as rank ``ep_rank`` sees it. ``nodes`` as in ReplicaChoice."""
         slots = maps.local_slots(ep_rank)
         return cls(
             slot_of_expert=torch.tensor(maps.logical_to_physical[moe_layer, :, 0].tolist(), device=device),
             owner_of_slot=torch.tensor(maps.slot_rank.tolist(), device=device),
             first_slot=slots.start,
             end_slot=slots.stop,
+            replicas=ReplicaChoice.of(maps, moe_layer, ep_rank, nodes, device),
         )
+
+    def choose(self, experts: Tensor, step: int) -> Tensor:
+        """The physical slot, int64 (n, K), of each of the logical ``experts`` int64 (n, K) of this rank's tokens."""
+        if self.maps is not None:
+            return self.maps.slots_of(experts)
+        return self.slot_of_expert[experts] if self.replicas is None else self.replicas.slots_of(experts, step)
 
     @property
     def all_here(self) -> bool:
@@ -132,7 +146,7 @@ class MoeLayer:
     def _whole_experts(self, x: Tensor, tokens: StepTokens) -> Tensor:
         mine = x[tokens.share[0] : tokens.share[1]]
         weights, experts = self.gate(mine)
-        slots = self.routing.slot_of_expert[experts]
+        slots = self.routing.choose(experts, tokens.step)
         owners = self.routing.owner_of_slot[slots.reshape(-1)]
         all_x, all_slots = self.exchange.dispatch(mine, slots, owners, tokens.by_rank)
         outputs, pair_index = self._compute_local(all_x, all_slots)

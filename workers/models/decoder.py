@@ -23,6 +23,7 @@ from drumline.workers.loading import LoadPlan
 from drumline.workers.models.attention import LatentAttention, SelfAttention
 from drumline.workers.models.build import ModelBuild
 from drumline.workers.models.context import RotaryTables, StepContext
+from drumline.workers.models.expert_model import ExpertModel
 from drumline.workers.models.feed_forward import feed_forward
 from drumline.workers.step_tokens import StepTokens
 
@@ -46,7 +47,7 @@ class DecoderLayer:
         return x + self.mlp(self.post_norm(x), step.tokens)
 
 
-class Decoder:
+class Decoder(ExpertModel):
     """A causal language model, or the stage of one. ``plan`` says which tensor of the checkpoint fills which weight."""
 
     def __init__(self, build: ModelBuild):

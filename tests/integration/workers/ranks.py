@@ -31,10 +31,10 @@ from drumline.workers.experts.shared import SharedExchange
 from drumline.workers.groups import GroupCoordinator, GroupPlace, form_group
 from drumline.workers.layers.moe import ExpertExchange
 from drumline.workers.progress import Progress
-from tests.integration.workers import group_faults, group_scenarios, scenarios
+from tests.integration.workers import group_faults, group_scenarios, rearrange_scenarios, scenarios
 
 SCENARIO_DEADLINE_S = 20.0
-_MODULES = (scenarios, group_scenarios, group_faults)
+_MODULES = (scenarios, group_scenarios, group_faults, rearrange_scenarios)
 
 
 @dataclass

@@ -11,7 +11,8 @@ from tests.simulation.cluster.streams import Wanted
 
 
 def day_of(scenario: Scenario, shape: Shape, wanted: list[Wanted], begins: float) -> Schedule:
-    """``scenario``, from ``begins`` on. Nothing simulated starts processes for a forkserver: its death is left out."""
+    """``scenario``, from ``begins`` on. Nothing simulated starts processes for a forkserver: its death is left out,
+    and so is the planner's."""
     schedule = Schedule(scenario.seed, shape, wanted)
     for number, fault in enumerate(scenario.faults):
         at = begins + fault.at_s
@@ -22,7 +23,7 @@ def day_of(scenario: Scenario, shape: Shape, wanted: list[Wanted], begins: float
             schedule.rank_faults.append(RankFault(fault.kind, fault.rank, at, point, fault.seconds, fault.factor))
         elif fault.kind in MESSAGE_KINDS:
             schedule.message_faults.append(TimedMessageFault(at, _of_messages(fault, scenario.seed + number)))
-        elif fault.kind != "forkserver":
+        elif fault.kind not in ("forkserver", "planner"):
             schedule.other_faults.append(OtherFault(fault.kind, at, max(fault.rank, 0), fault.seconds))
     return schedule
 

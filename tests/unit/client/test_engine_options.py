@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from drumline.engine.cli import main
 from drumline.engine.commands.engine_options import ENGINE_OPTIONS, engine_config, engine_options
 from drumline.engine.commands.parallel_options import describe_sizes
-from drumline.engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from drumline.engine.config import CacheConfig, EngineConfig, EPLBConfig, ParallelConfig, SchedulerConfig
 from drumline.protocol.errors import InvalidConfig
 
 
@@ -78,9 +78,57 @@ def test_each_flag_sets_its_own_field() -> None:
     )
 
 
+BALANCED = ("--enable-expert-parallel", "--enable-eplb")
+
+
+def test_the_balance_of_experts_has_flags() -> None:
+    flags = (
+        "--num-redundant-experts 4 --init-expert-placement p.json --eplb-window-size 10 --eplb-step-interval 20 "
+        "--eplb-log-balancedness --eplb-policy global --eplb-max-moved 0.5 --eplb-min-gain 0 "
+        "--eplb-bytes-per-step 1MiB --eplb-load-interval 5 --eplb-record r.npz"
+    )
+    config = EPLBConfig(
+        num_redundant_experts=4,
+        init_placement="p.json",
+        window_size=10,
+        step_interval=20,
+        log_balancedness=True,
+        policy="global",
+        max_moved=0.5,
+        min_gain=0.0,
+        bytes_per_step=1 << 20,
+        load_interval=5,
+        record_path="r.npz",
+    )
+    parallel = parsed(*BALANCED, *flags.split()).parallel
+    assert parallel == ParallelConfig(enable_expert_parallel=True, enable_eplb=True, eplb_config=config)
+    assert set(config.__struct_fields__) == {name for name in config.__struct_fields__ if getattr(config, name)} | {
+        "min_gain"
+    }
+
+
+def test_the_balance_of_experts_may_be_one_json_object_and_flags_come_first() -> None:
+    text = '{"window_size": 7, "num_redundant_experts": 2, "bytes_per_step": 4096}'
+    parallel = parsed(*BALANCED, "--eplb-config", text, "--num-redundant-experts", "3").parallel
+    assert parallel.eplb_config == EPLBConfig(window_size=7, num_redundant_experts=3, bytes_per_step=4096)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [("{", "eplb_config"), ("[1]", "eplb_config"), ('{"use_async": true}', "use_async"), ('{"policy": 3}', "policy")],
+)
+def test_json_that_is_no_configuration_is_refused(text: str, field: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        parsed(*BALANCED, "--eplb-config", text)
+    assert caught.value.field == field
+
+
 @pytest.mark.parametrize(
     ("flags", "field"),
     [
+        (("--enable-eplb",), "enable_eplb"),
+        (("--num-redundant-experts", "1"), "num_redundant_experts"),
+        ((*BALANCED, "--eplb-bytes-per-step", "a lot"), "bytes_per_step"),
         (("--dtype", "half"), "dtype"),
         (("--kv-cache-dtype", "fp8"), "kv_cache_dtype"),
         (("--distributed-executor-backend", "ray"), "distributed_executor_backend"),
@@ -110,6 +158,15 @@ def test_a_partition_that_is_no_list_of_numbers_is_wrong_usage() -> None:
         (
             {"tensor_parallel_size": 4, "data_parallel_size": 2, "enable_dp_attention": True},
             "8 ranks, tensor parallel 4, data parallel 2, data parallel attention",
+        ),
+        (
+            {
+                "data_parallel_size": 2,
+                "enable_expert_parallel": True,
+                "enable_eplb": True,
+                "eplb_config": EPLBConfig(num_redundant_experts=4),
+            },
+            "2 ranks, expert parallel, experts balanced, 4 redundant",
         ),
     ],
 )

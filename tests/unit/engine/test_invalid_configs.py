@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from drumline.engine.config import CacheConfig, EngineConfig, FaultConfig, ParallelConfig, SchedulerConfig
+from drumline.engine.config import CacheConfig, EngineConfig, EPLBConfig, FaultConfig, ParallelConfig, SchedulerConfig
 from drumline.engine.known_models import known_spec
 from drumline.engine.parallel_config import NOT_YET
 from drumline.engine.parallel_layout import parallel_layout
@@ -22,9 +22,12 @@ from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.modelspec import ModelSpec
 
 _PARTS: dict[str, type] = {
-    name: cls for cls in (ParallelConfig, CacheConfig, SchedulerConfig, FaultConfig) for name in cls.__struct_fields__
+    name: cls
+    for cls in (ParallelConfig, EPLBConfig, CacheConfig, SchedulerConfig, FaultConfig)
+    for name in cls.__struct_fields__
 }
 _NAMES: dict[type, str] = {
+    EPLBConfig: "eplb_config",
     ParallelConfig: "parallel",
     CacheConfig: "cache",
     SchedulerConfig: "scheduler",
@@ -55,6 +58,7 @@ SEVEN_LAYERS = {"num_hidden_layers": 7}
 SIX_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3}
 TEN_HEADS = {"num_attention_heads": 10, "num_key_value_heads": 2}
 EP: dict[str, Any] = {"enable_expert_parallel": True}
+EPLB: dict[str, Any] = {**EP, "enable_eplb": True}
 
 CASES = [
     alone("data_parallel_size", 1, data_parallel_size=0),
@@ -105,6 +109,23 @@ CASES = [
     alone("worker_cls", "auto", worker_cls="Worker"),
     alone("worker_extension_cls", "", worker_extension_cls="my-module.Extension"),
     alone("distributed_timeout", 86400, distributed_timeout=float("inf")),
+    alone("enable_eplb", False, enable_eplb=True),
+    alone("enable_eplb", True, **EP, enable_eplb=1),
+    alone("num_redundant_experts", 0, num_redundant_experts=4),
+    alone("num_redundant_experts", 0, **EPLB, num_redundant_experts=-1),
+    alone("num_redundant_experts", 0, **EP, num_redundant_experts=4),
+    alone("init_placement", None, **EP, init_placement="placement.npz"),
+    alone("record_path", None, **EP, record_path="load.npz"),
+    alone("record_path", "string", **EPLB, record_path=7),
+    alone("window_size", 1, **EPLB, window_size=0),
+    alone("step_interval", 1, **EPLB, step_interval=2.5),
+    alone("load_interval", 1, **EPLB, load_interval=0),
+    alone("log_balancedness", True, **EPLB, log_balancedness="yes"),
+    alone("policy", "hierarchical", **EPLB, policy="default"),
+    alone("bytes_per_step", 1024, **EPLB, bytes_per_step=0),
+    alone("max_moved", 1, **EPLB, max_moved=0.0),
+    alone("max_moved", 1, **EPLB, max_moved=float("nan")),
+    alone("min_gain", 0, **EPLB, min_gain=-0.1),
     alone("kv_cache_dtype", "bfloat16", kv_cache_dtype="fp8"),
     alone("kv_cache_dtype", "float32", kv_cache_dtype="float16"),
     alone("dtype", "bfloat16", dtype="half"),
@@ -136,6 +157,8 @@ CASES = [
     with_model("tensor_parallel_size", 2, {"moe_intermediate_size": 66, **TEN_HEADS}, tensor_parallel_size=10),
     with_model("tensor_parallel_size", 2, DENSE | {"intermediate_size": 258}, tensor_parallel_size=4),
     with_model("enable_expert_parallel", False, DENSE, data_parallel_size=2, **EP),
+    with_model("num_redundant_experts", 16, **EPLB, data_parallel_size=2, num_redundant_experts=17),
+    with_model("num_redundant_experts", 0, **EPLB, num_redundant_experts=1),
     with_model("max_model_len", 1024, max_model_len=1025),
     with_model("data_parallel_master_port", 65534, DENSE, data_parallel_size=2, data_parallel_master_port=65535),
     with_model(
@@ -156,6 +179,8 @@ def configure(settings: dict[str, Any], model: str = "demo") -> EngineConfig:
     own: dict[str, Any] = {}
     for name, value in settings.items():
         (parts[_PARTS[name]] if name in _PARTS else own)[name] = value
+    if eplb := parts.pop(EPLBConfig):
+        parts[ParallelConfig]["eplb_config"] = EPLBConfig(**eplb)
     return EngineConfig(model, **own, **{_NAMES[cls]: cls(**values) for cls, values in parts.items()})
 
 
@@ -247,6 +272,24 @@ def test_a_field_of_vllms_that_is_not_there_yet_is_refused_by_name(name: str) ->
     assert NOT_YET[name] in caught.value.info.valid
 
 
+@pytest.mark.parametrize("name", sorted(ParallelConfig.elsewhere))
+def test_a_field_that_stands_in_the_config_of_eplb_is_said_to(name: str) -> None:
+    settings: dict[str, Any] = {name: 4}
+    with pytest.raises(InvalidConfig, match=r"eplb_config=EPLBConfig\(") as caught:
+        ParallelConfig(**settings)
+    assert caught.value.info.field == name
+    field = name.removeprefix("eplb_")
+    assert f"({field}=" in caught.value.info.valid
+    assert field in EPLBConfig.__struct_fields__
+
+
+@pytest.mark.parametrize("name", sorted(EPLBConfig.not_yet))
+def test_a_field_of_vllms_eplb_config_is_refused_by_name(name: str) -> None:
+    settings: dict[str, Any] = {name: True}
+    with pytest.raises(InvalidConfig, match=f"{name}.*not in this version"):
+        EPLBConfig(**settings)
+
+
 @pytest.mark.parametrize(
     ("cls", "name", "near"),
     [
@@ -254,6 +297,7 @@ def test_a_field_of_vllms_that_is_not_there_yet_is_refused_by_name(name: str) ->
         (ParallelConfig, "data_parallel_sizes", "data_parallel_size"),
         (CacheConfig, "blocksize", "block_size"),
         (SchedulerConfig, "max_seqs", "max_num_seqs"),
+        (EPLBConfig, "windowsize", "window_size"),
         (FaultConfig, "q", "step_deadline_s"),
         (EngineConfig, "max_model_length", "max_model_len"),
     ],

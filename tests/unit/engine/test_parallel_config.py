@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from drumline.engine.config import ParallelConfig
+from drumline.engine.config import EPLBConfig, ParallelConfig
 
 BASE = ParallelConfig(
     data_parallel_size=4,
@@ -26,6 +26,7 @@ SHAPING: dict[str, Any] = {
     "all2all_backend": "all_to_all",
     "worker_cls": "mine.Worker",
     "worker_extension_cls": "mine.Extension",
+    "enable_eplb": True,
 }
 NOT_SHAPING: dict[str, Any] = {
     "data_parallel_size_local": 2,
@@ -38,6 +39,7 @@ NOT_SHAPING: dict[str, Any] = {
     "distributed_executor_backend": "external_launcher",
     "max_parallel_loading_workers": 1,
     "distributed_timeout": 9.0,
+    "eplb_config": EPLBConfig(window_size=10, policy="global", min_gain=0.5),
 }
 
 
@@ -57,6 +59,12 @@ def test_what_shapes_the_computation_is_in_the_hash(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(NOT_SHAPING))
 def test_what_does_not_is_not_in_the_hash(name: str) -> None:
     assert changed(name, NOT_SHAPING[name]).compute_hash() == BASE.compute_hash()
+
+
+def test_redundant_experts_shape_the_computation() -> None:
+    balanced = changed("enable_eplb", True)
+    more = msgspec.structs.replace(balanced, eplb_config=EPLBConfig(num_redundant_experts=4))
+    assert more.compute_hash() != balanced.compute_hash()
 
 
 def test_the_hash_is_a_function_of_the_settings_alone() -> None:

@@ -280,7 +280,7 @@ SAMPLES: tuple[m.Message, ...] = (
         max_tokens=64,
     ),
     m.LayoutQuery(call_id=6),
-    m.LayoutFacts(call_id=6, question=b"{}", placement=np.array([[0, 1], [1, 0]], dtype=np.int32)),
+    m.LayoutFacts(call_id=6, question=b"{}", placement=np.array([[0, 1], [1, 0]], dtype=np.int32), slots=i32(2, 0)),
     m.HelloSupervisor(version=1, token="secret", pid=4241, members=(m.Started(1, 4242, "secret"),)),
     m.Exited(rank=1, pid=4242, code=-9, signal=9, stderr_tail="Killed"),
     m.Spawned(rank=1, pid=4242),
@@ -346,7 +346,7 @@ SAMPLES: tuple[m.Message, ...] = (
     ),
     m.CancelStage(term=2, epoch=3, generation=5),
     m.Staged(term=2, epoch=3, rank=1, generation=5, bytes_received=98304, seconds=0.25, dropped=True),
-    m.RebalanceExperts(call_id=8, placement=np.array([[0, 1], [1, 0]], dtype=np.int32)),
+    m.RebalanceExperts(call_id=8, placement=np.array([[0, 1], [1, 0]], dtype=np.int32), timeout_s=60.0),
     m.ExpertLoadQuery(call_id=9),
     m.ExpertsRebalanced(
         call_id=8,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,6 +29,25 @@ def test_both_strategies_give_a_rank_as_many_experts_as_it_has_slots() -> None:
         assert [len(maps.local_slots(r)) for r in range(4)] == [3, 3, 2, 2]
 
 
+def test_redundant_copies_follow_all_experts_in_the_same_order() -> None:
+    np.testing.assert_array_equal(initial_placement(2, 5, 3, num_redundant=2), [[0, 1, 2, 3, 4, 0, 1]] * 2)
+    np.testing.assert_array_equal(initial_placement(1, 4, 4, num_redundant=6), [[0, 1, 2, 3, 0, 1, 2, 3, 0, 1]])
+    np.testing.assert_array_equal(initial_placement(1, 5, 2, "round_robin", 2), [[0, 2, 4, 1, 3, 0, 2]])
+
+
+@given(st.integers(1, 16), st.integers(1, 8), st.integers(0, 120), st.sampled_from(["linear", "round_robin"]))
+def test_no_rank_starts_with_two_copies_of_an_expert(experts: int, ranks: int, redundant: int, strategy: str) -> None:
+    ranks = min(ranks, experts)
+    redundant = min(redundant, experts * (ranks - 1))
+    maps = PlacementMaps.build(initial_placement(1, experts, ranks, strategy, redundant), experts, ranks)
+    assert maps.num_slots == experts + redundant
+    assert maps.logical_replica_count.max() - maps.logical_replica_count.min() <= 1
+    for rank in range(ranks):
+        own = maps.local_slots(rank)
+        held = maps.physical_to_logical[0, own.start : own.stop].tolist()
+        assert len(set(held)) == len(held)
+
+
 def test_a_model_without_moe_layers_has_an_empty_placement() -> None:
     assert initial_placement(0, 8, 2).shape == (0, 8)
     maps = PlacementMaps.build(np.zeros((0, 0), dtype=np.int32), 0, 1)
@@ -41,9 +62,12 @@ def test_a_model_without_moe_layers_has_an_empty_placement() -> None:
         ((1, 4, 5), "ep_size"),
         ((1, 4, 0), "ep_size"),
         ((-1, 4, 2), "num_moe_layers"),
+        ((1, 4, 2, "linear", 5), "num_redundant_experts"),
+        ((1, 4, 2, "linear", -1), "num_redundant_experts"),
+        ((1, 4, 1, "linear", 1), "num_redundant_experts"),
     ],
 )
-def test_impossible_placements_are_refused(args: tuple[int, int, int], field: str) -> None:
+def test_impossible_placements_are_refused(args: tuple[Any, ...], field: str) -> None:
     with pytest.raises(InvalidConfig) as caught:
         initial_placement(*args)
     assert caught.value.field == field

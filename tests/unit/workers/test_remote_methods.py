@@ -232,7 +232,7 @@ def test_any_exception_becomes_what_a_message_can_carry() -> None:
 
 
 def test_a_rank_offers_its_own_methods_that_are_marked() -> None:
-    assert callable_names(Worker, Worker) == ("expert_load",)
+    assert callable_names(Worker, Worker) == ("expert_load", "expert_state")
 
 
 class Common:

@@ -19,6 +19,7 @@ from drumline.engine.testing.scenario import (
 )
 
 BUSY = Chances(every_s=1.0)
+MOVING = Chances(every_s=1.0, experts_move=True)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_the_same_seed_draws_the_same_faults_and_another_seed_others() -> None:
 
 
 def test_in_the_long_run_every_kind_is_drawn_and_about_as_often_as_asked() -> None:
-    faults = random_scenario(1, 4, 2000.0, BUSY).faults
+    faults = random_scenario(1, 4, 2000.0, MOVING).faults
     assert {fault.kind for fault in faults} == {*RANK_KINDS, *MESSAGE_KINDS, *OTHER_KINDS}
     assert {fault.rank for fault in faults if fault.kind == "kill"} == {0, 1, 2, 3}
     assert 1800 < len(faults) < 3000
@@ -70,6 +71,13 @@ def test_a_point_in_a_regroup_comes_with_the_kill_that_leads_there(point: str) -
         trigger = faults[number + 1]
         assert (trigger.kind, trigger.point) == ("kill", "now")
         assert (trigger.rank == faults[number].rank) == (point in ("loading", "joining"))
+
+
+def test_only_where_experts_move_does_something_befall_what_moves_them() -> None:
+    moving, resting = (random_scenario(1, 4, 2000.0, chances).faults for chances in (MOVING, BUSY))
+    assert {"staging", "commit"} <= {fault.point for fault in moving}
+    assert not {"staging", "commit"} & {fault.point for fault in resting}
+    assert not any(fault.kind == "planner" for fault in resting)
 
 
 def test_one_rank_alone_has_nobody_to_regroup_with() -> None:

@@ -35,6 +35,8 @@ def make_moving_shape(rng: random.Random) -> Shape:
     """An engine with a balancer that never rests."""
     layout = rng.choice(LAYOUTS)
     shape = make_shape(rng, layout)
+    if layout.pipeline_parallel_size > 1:
+        shape.moe_layer_stage = rng.choice(((0, 1), (0, 0, 1), (1, 1)))
     shape.redundant = rng.choice((0, 1, 2, layout.ep_size))
     expert_bytes = rng.choice((90, 100))
     shape.balance = BalanceConfig(

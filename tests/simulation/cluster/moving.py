@@ -50,6 +50,7 @@ def make_moving_shape(rng: random.Random) -> Shape:
         plan_deadline_s=rng.choice((1.0, 5.0)),
     )
     shape.transfer_s = rng.choice((0.002, 0.02, 0.2))
+    shape.plan_trouble = rng.choice((0.0, 0.2, 0.4))
     shape.plan_s = rng.choice((0.005, 0.05, 0.3))
     return shape
 
@@ -74,6 +75,9 @@ def make_moving_schedule(seed: int) -> Schedule:
         schedule.rank_faults.append(make_rank_fault(rng, ranks, day))
     if rng.random() < 0.3:
         make_other_faults(schedule, rng, day)
+    if rng.random() < 0.1:
+        seconds = rng.choice((1.0, 8.0, 40.0))
+        schedule.other_faults.append(OtherFault("stuck_link", START_S + rng.uniform(0, day), rng.randrange(ranks), seconds))
     if rng.random() < 0.1:
         names = ((*MESSAGES_TO_RANK, "StageExperts", "CancelStage"), (*MESSAGES_FROM_RANK, "Staged", "Staged"))
         schedule.message_faults.append(make_message_fault(rng, ranks, day, names))

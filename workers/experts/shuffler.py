@@ -51,6 +51,9 @@ class Shuffler:
         """An epoch begins, in which ``group`` carries experts between the ranks of this stage that compute."""
         self._place, self._slots, self._nodes, self._group = place, tuple(slots), tuple(nodes), group
         self._seen = self._steps = 0
+        if self.pool is not None and self._stage is None:
+            # A rank may have got slots of one that was lost.
+            self.pool.fit(max(layer.num_slots for layer in self._layers))
         for layer in self._layers:
             layer.generation = 0
         self._reported = self._counts()

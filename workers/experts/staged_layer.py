@@ -70,7 +70,8 @@ class StagedLayer:
             raise ProtocolError(f"{name} in {message.parts} parts; the layer has generation {layer.generation}")
         slots = {move.slot for move in arriving}
         if len(slots) < len(arriving) or len(arriving) > self._pool.size:
-            raise ProtocolError(f"{name}: {len(arriving)} experts come to {len(slots)} slots")
+            found = f"{len(arriving)} experts for {len(slots)} slots"
+            raise ProtocolError(f"{name} brings {found}; valid: one for each, at most {self._pool.size}")
         kept = [slot for slot in range(layer.num_slots) if slot not in slots]
         if len(self._wanted) != layer.num_slots or (self._wanted[kept] != layer.held[kept]).any():
             raise ProtocolError(

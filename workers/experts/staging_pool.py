@@ -24,6 +24,14 @@ class StagingPool:
         """One buffer for each slot of the largest layer; None without layers."""
         return cls(max(layer.num_slots for layer in layers), layers[0]) if layers else None
 
+    def fit(self, size: int) -> None:
+        """Have ``size`` buffers, all of them free. Those there were may be given up."""
+        if size == self.size:
+            return
+        self._gate_up = self._gate_up.new_empty(size, *self._gate_up.shape[1:])
+        self._down = self._down.new_empty(size, *self._down.shape[1:])
+        self.canary = np.full(size, EMPTY, dtype=np.int64)
+
     @property
     def size(self) -> int:
         """How many buffers there are."""

@@ -90,4 +90,6 @@ def make_moving_fault(rng: random.Random, ranks: int, day: float) -> RankFault:
     kind = rng.choice(KINDS)
     seconds = rng.choice((0.3, 3.0, 20.0)) if kind == "stop" else 2.0 if kind == "slow" else 0.0
     at = START_S + rng.uniform(-1.0, day)
-    return RankFault(kind, rng.randrange(ranks), at, rng.choice(MOVING_POINTS), seconds, 20.0 if kind == "slow" else 1.0)
+    return RankFault(
+        kind, rng.randrange(ranks), at, rng.choice(MOVING_POINTS), seconds, 20.0 if kind == "slow" else 1.0
+    )

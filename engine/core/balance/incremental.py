@@ -19,7 +19,7 @@ ROUNDS = 40
 PATIENCE = 2
 """Rounds without a better balance after which a layer is left as it is."""
 
-NEAR = 0.002
+NEAR = 0.004
 """A layer may end so far below the best balancedness that was found for it."""
 
 

@@ -11,7 +11,7 @@ from drumline.protocol.messages import I32
 
 HEAVY = 0.3
 """Copies that take more than this share of the mean rank's load are worth dividing; lighter ones can be packed."""
-WORTH = 0.8
+WORTH = 0.97
 """The expert that gives a copy has copies lighter than this share of the heaviest, also after."""
 CROWDED = 1.1
 """A rank that would take more than this times the mean is no place for a new copy; another expert makes room."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from drumline.engine.core.balance.forecast import Forecast, uneven
-from drumline.engine.core.balance.grid import Bool, F32, Grid, Index
+from drumline.engine.core.balance.grid import F32, Bool, Grid, Index
 from drumline.engine.core.balance.repair import repair
 from drumline.engine.core.balance.replicas import share_copies
 from drumline.engine.core.balance.spend import spend
@@ -19,14 +19,14 @@ ROUNDS = 40
 PATIENCE = 2
 """Rounds without a better balance after which a layer is left as it is."""
 
-NEAR = 0.004
+NEAR = 0.002
 """A layer may end so far below the best balancedness that was found for it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Limits:
-    """``most``: slots that may get another expert, over all layers. ``gain``: balancedness by which a layer must rise to
-    be changed."""
+    """``most``: slots that may get another expert, over all layers. ``gain``: balancedness by which a layer must rise
+    to be changed."""
 
     most: int
     gain: float

@@ -8,11 +8,11 @@ from drumline.engine.core.balance.grid import F32, Bool, Grid, Index
 
 EVEN = 0.0025
 """A rank that takes this share more than the mean is left as it is."""
-BUSY = 0.65
+BUSY = 0.5
 """A rank is busy if it takes this share of what the busiest takes above the mean."""
 LEAST = 0.0005
 """A swap takes this share of the mean off the busier rank, or is not worth it."""
-FAR = 0.02
+FAR = 0.3
 """A swap within a node may leave the busier rank with this share of the mean more than one between nodes would."""
 
 

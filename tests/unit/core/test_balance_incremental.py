@@ -101,7 +101,7 @@ def test_copies_are_on_as_many_nodes_as_before_or_as_there_are_copies(request: P
 
 @EXAMPLES
 @given(requests(sound=True))
-def test_a_layer_changes_only_where_it_gains_what_is_asked(request: PlanRequest) -> None:
+def test_a_layer_changes_only_where_it_or_all_of_them_gain_what_is_asked(request: PlanRequest) -> None:
     plan = _plan(request)
     if plan is None:
         return
@@ -110,5 +110,7 @@ def test_a_layer_changes_only_where_it_gains_what_is_asked(request: PlanRequest)
         return
     before, after = (balancedness(load[0], one, ranks) for one in (request.placement, plan.placement))
     changed = (plan.placement != request.placement).any(axis=1)
-    assert (after[changed] - before[changed] >= request.min_gain - 1e-5).all()
+    gain = after - before
+    assert (gain[changed] >= 0.2 * request.min_gain - 1e-5).all()
+    assert not changed.any() or gain.max() >= request.min_gain - 1e-5
     assert changed.any() or "nothing to move" in plan.reason

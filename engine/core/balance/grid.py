@@ -56,6 +56,13 @@ class Grid:
         most = self.load.max(axis=1)
         return np.divide(self.mean, most, out=np.ones_like(most), where=most > 0)
 
+    def true_balancedness(self) -> F32:
+        """float32 (layers,): by the copies that are there, where ``copies`` says how many there will be."""
+        each = self.demand / np.maximum(self.on_node.sum(axis=1), 1).astype(np.float32)
+        weight = np.take_along_axis(each, self.expert.reshape(len(each), -1), axis=1).reshape(self.expert.shape)
+        most = weight.sum(axis=2).max(axis=1)
+        return np.divide(self.mean, most, out=np.ones_like(most), where=most > 0)
+
     def placement(self, expert: I32 | None = None) -> I32Matrix:
         """int32 (layers, slots), -1 for what is of no use; of another state of ``expert`` if that is given."""
         state = (self.expert if expert is None else expert)[:, self._place]

@@ -6,7 +6,7 @@ import numpy as np
 
 from drumline.engine.core.balance.grid import F32, Bool, Grid, Index
 
-EVEN = 0.003
+EVEN = 0.0025
 """A rank that takes this share more than the mean is left as it is."""
 LEAST = 0.0005
 """A swap takes this share of the mean off the busier rank, or is not worth it."""
@@ -14,11 +14,13 @@ FAR = 0.02
 """A swap within a node may leave the busier rank with this share of the mean more than one between nodes would."""
 
 
-def swap_once(grid: Grid, rows: Index, turn: int, budget: Index) -> Index:
+def swap_once(grid: Grid, rows: Index, turn: int, budget: Index, stalled: Bool) -> Index:
     """One swap at most for each rank of layers ``rows``, and ``budget`` (layers,) swaps in each. ``turn``: which
-    partners each busy rank has, a number that goes up by one. Returns the layers that still have a busy rank."""
+    partners each busy rank has, a number that goes up by one. ``stalled`` (layers,): where only the busiest rank has
+    partners, all others. Returns the layers that still have a busy rank."""
     load, bound = grid.load[rows], grid.mean[rows] * np.float32(1 + EVEN)
     busy = np.minimum((load > bound[:, None]).sum(axis=1), grid.num_ranks // 2)
+    busy = np.where(stalled[rows], np.minimum(busy, 1), busy)
     rows, load, busy = rows[busy > 0], load[busy > 0], busy[busy > 0]
     if len(rows):
         _Swap(grid, rows, load, busy, turn).make(budget)

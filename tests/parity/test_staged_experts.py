@@ -97,7 +97,7 @@ def test_a_death_while_experts_move_leaves_what_was_staged_or_replaced_to_be_cop
     for rank, (_, spare) in held.items():
         check_spares(world.runners[rank], spare, whole)
     # Rank 1 is gone; two ranks with eight slots each hold all experts, those of the first placement at first.
-    wanted = np.array([[*row[:4], *range(4)] + [*row[8:12], *range(4, 8)] for row in before], dtype=np.int32)
+    wanted = np.array([[*row[:4], *range(4), *row[8:12], *range(4, 8)] for row in before], dtype=np.int32)
     todo = world.fetched(held, wanted, (8, 8))
     spares = sum(int(slot) >= held[int(rank)][0].shape[1] for _, _, rank, slot in todo.tolist() if rank >= 0)
     world.epoch(wanted, todo, (8, 8), (0, 2)).close()

@@ -36,6 +36,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.idle --data-parallel-size 2
 	$(BIN)/python -m tests.benchmarks.collectives
 	$(BIN)/python -m tests.benchmarks.journal
+	$(BIN)/python -m tests.benchmarks.planner_disturbance
 
 soak: $(SOAKS)  ## each soak-* target for MINUTES
 

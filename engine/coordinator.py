@@ -161,8 +161,10 @@ class Coordinator:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self.experts.close(clean=self.error is None)
-            self._close()
+            try:
+                await self.experts.close(clean=self.error is None)
+            finally:
+                self._close()
         return self.error
 
     def end(self, reason: str, error: ErrorInfo | None = None) -> None:

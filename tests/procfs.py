@@ -61,6 +61,11 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
+def maps(pid: int) -> str:
+    """What it has mapped, libraries by their paths."""
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
 def rss_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
 

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from drumline.engine.bench.scheduler import Machine, machine
-from drumline.engine.core.balance.measure import balancedness
+from drumline.engine.core.balance.measure import balancedness, rank_loads
 from drumline.engine.core.balance.plan import POLICIES, PlacementPlan, PlanRequest
 from drumline.engine.core.balance.policies import make_plan
 from drumline.protocol.errors import InvalidConfig
@@ -208,15 +208,3 @@ class _Bench:
         mean = ranks.mean(axis=1, keepdims=True)
         relative: F64 = (ranks[mean[:, 0] > 0] / mean[mean[:, 0] > 0]).sum(axis=0) / max(int((mean > 0).sum()), 1)
         return relative
-
-
-def rank_loads(load: F64, placement: I32, slot_rank: I32) -> F64:
-    """float64 (layers, ranks): tokens of each rank, when the copies of an expert share its tokens evenly."""
-    layers, ranks = len(load), int(slot_rank.max()) + 1
-    row = np.arange(layers)[:, None]
-    copies = np.zeros(load.shape)
-    np.add.at(copies, (row, placement), 1.0)
-    by_slot = load[row, placement] / copies[row, placement]
-    tokens = np.zeros((layers, ranks))
-    np.add.at(tokens, (row, slot_rank[None, :]), by_slot)
-    return tokens

@@ -181,7 +181,7 @@ def _table(*columns: str) -> Table:
 
 
 def _plans(result: ShuffleResult) -> Table:
-    table = _table("plan", "outcome", "before", "planned", "after", "slots", "KiB", "layers", "solve ms", "s", "steps")
+    table = _table("plan", "outcome", "before", "planned", "after", "slots", "KiB", "layers", "s", "steps")
     for one in result.plans:
         balance = (one.balancedness_before, one.balancedness_planned, one.balancedness_after)
         table.add_row(
@@ -191,7 +191,6 @@ def _plans(result: ShuffleResult) -> Table:
             str(one.slots_moved),
             f"{one.bytes_moved / 1024:,.0f}",
             str(one.layers),
-            f"{one.solve_ms:.1f}",
             f"{one.seconds:.3f}",
             str(one.steps),
         )
@@ -213,5 +212,5 @@ def _latencies(result: ShuffleResult) -> Table:
         table.add_row("experts still", f"{one.p50_still_ms:.2f}", f"{one.p99_still_ms:.2f}")
         table.add_row("experts moving", f"{one.p50_moving_ms:.2f}", f"{one.p99_moving_ms:.2f}")
         quartiles = f"{one.p99_ratio:.2f} ({one.p99_ratio_low:.2f} to {one.p99_ratio_high:.2f})"
-        table.add_row(f"ratio, {one.pairs} pairs of {one.window_s:.1f} s", f"{one.p50_ratio:.2f}", quartiles)
+        table.add_row(f"ratio ({one.pairs} pairs of {one.window_s:.1f} s)", f"{one.p50_ratio:.2f}", quartiles)
     return table

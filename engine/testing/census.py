@@ -8,15 +8,14 @@ from pathlib import Path
 
 import msgspec
 
-from drumline.engine.launch import coordinator_keeper, forkserver_pipe
+from drumline.engine.launch import coordinator_keeper, forkserver_pipe, planner
 from drumline.engine.testing.processes import command, family, name
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-PLANNER_MODULE = "drumline.engine.planner_main"
 _ROLES = {
     "coordinator": coordinator_keeper.MODULE,
     "forkserver": forkserver_pipe.MODULE,
-    "planner": PLANNER_MODULE,
+    "planner": planner.MODULE,
     "supervisor": "drumline.engine.supervisor",
 }
 
@@ -37,7 +36,7 @@ class Holding(msgspec.Struct, frozen=True):
 
 
 class Census(msgspec.Struct, frozen=True):
-    """``roles``: app, supervisor, coordinator, planner, forkserver, ranks and other. ``shared_memory``: entries of
+    """``roles``: app, supervisor, coordinator, forkserver, planner, ranks and other. ``shared_memory``: entries of
     /dev/shm."""
 
     roles: dict[str, Holding]

@@ -16,9 +16,9 @@ from drumline.engine.testing import FaultyEngine
 from drumline.engine.testing.census import role_of
 from drumline.engine.testing.processes import Process, family
 from drumline.protocol.errors import DrumlineError
-from drumline.protocol.messages import RebalanceReport
+from drumline.protocol.messages import I32Matrix, RebalanceReport
 from drumline.protocol.status import EngineStatus, EplbStatus
-from tests.faults.expert_state import ExpertState, at_rest, consistent
+from tests.faults.expert_state import EXTENSION, ExpertState, ExpertWatch
 from tests.faults.matrix import LAYOUTS
 from tests.faults.streams import WITHIN_S, Streams, requests
 
@@ -35,7 +35,9 @@ DEADLINE_S = 1.5
 def balanced(layout: str, eplb: EPLBConfig = SLOWLY) -> EngineConfig:
     """One of the layouts with experts that may move."""
     config = LAYOUTS[layout]
-    parallel = msgspec.structs.replace(config.parallel, enable_eplb=True, eplb_config=eplb)
+    parallel = msgspec.structs.replace(
+        config.parallel, enable_eplb=True, eplb_config=eplb, worker_extension_cls=EXTENSION
+    )
     faults = FaultConfig(step_deadline_s=DEADLINE_S, restart_limit=1000)
     return msgspec.structs.replace(config, parallel=parallel, faults=faults)
 
@@ -46,6 +48,7 @@ class Shuffles:
 
     faulty: FaultyEngine
     streams: Streams
+    watch: ExpertWatch
     state: ExpertState
     done: list[str] = field(default_factory=list)
 
@@ -57,7 +60,8 @@ class Shuffles:
             streams = await Streams.learned(faulty.engine, requests(STREAMS))
             async with streams.running():
                 await streams.move_on()
-                shuffles = cls(faulty, streams, await consistent(faulty.engine))
+                watch = ExpertWatch(faulty.engine)
+                shuffles = cls(faulty, streams, watch, await watch.look())
                 yield shuffles
             status = await faulty.engine.status()
             assert status.requests.failed == status.requests.cancelled == 0
@@ -102,12 +106,10 @@ class Shuffles:
     async def kill_after_the_commit(self, rank: int) -> None:
         """The first layer has its new experts, and they are on their way from the buffers to their slots."""
         async with self._moving("after the commit", "cancelled") as moving:
-            before = _generations(await self._status())
             report = await moving()
-            await self._until(
-                lambda eplb: sum(layer.generation for layer in eplb.layers) > before and eplb.state == "moving",
-                "no layer was committed",
-            )
+            deadline = time.monotonic() + WITHIN_S
+            while (await self._placement() == self.state.placement).all():
+                assert time.monotonic() < deadline, "no layer was committed"
             await self.faulty.kill(rank)
             await self._ended(report)
 
@@ -167,7 +169,7 @@ class Shuffles:
         assert len(self.faulty.injected) > injected
         await self.streams.move_on()
         await self.faulty.until_whole()
-        self.state = await consistent(self.faulty.engine)
+        self.state = await self.watch.look()
         await self.move_on_to_another()
         self.done.append(phase)
 
@@ -176,7 +178,7 @@ class Shuffles:
         wanted = self.state.turned
         report = await self.faulty.engine.rebalance_experts(wanted)
         assert report.outcome == "moved", report
-        self.state = await consistent(self.faulty.engine)
+        self.state = await self.watch.look()
         assert (self.state.placement == wanted).all()
 
     async def _ended(self, report: asyncio.Task[RebalanceReport]) -> None:
@@ -189,6 +191,9 @@ class Shuffles:
 
     async def _status(self) -> EngineStatus:
         return await self.faulty.engine.status()
+
+    async def _placement(self) -> I32Matrix:
+        return (await self.faulty.engine.expert_load()).physical_to_logical
 
     async def _until(self, condition: Callable[[EplbStatus], bool], what: str) -> None:
         deadline = time.monotonic() + WITHIN_S
@@ -207,11 +212,6 @@ class Shuffles:
             for pid in family(supervisor):
                 if role_of(pid) == "planner":
                     return Process(pid, "the planner")
-            await at_rest(self.faulty.engine)
+            await self.watch.at_rest()
             await self.faulty.engine.rebalance_experts()
         raise AssertionError("no planner was started for a plan")
-
-
-def _generations(status: EngineStatus) -> int:
-    assert status.eplb is not None
-    return sum(layer.generation for layer in status.eplb.layers)

@@ -80,6 +80,8 @@ class TorchGroup:
         most = max(counts)
         own = t.new_zeros(most, *t.shape[1:])
         own[: len(t)] = t
+        if not most:
+            return own
         parts = [torch.empty_like(own) for _ in counts]
         self._group.allgather([parts], [own]).wait(timedelta(seconds=COLLECTIVE_DEADLINE_S))
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

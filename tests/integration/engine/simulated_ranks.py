@@ -29,6 +29,7 @@ from drumline.protocol.messages import (
     BeatWorker,
     Call,
     CallResult,
+    CancelStage,
     Configure,
     Event,
     Exited,
@@ -48,6 +49,7 @@ from drumline.protocol.messages import (
     SamplingSpec,
     Shutdown,
     Spawn,
+    StageExperts,
     StatusQuery,
     StatusReport,
     Step,
@@ -63,6 +65,7 @@ from drumline.protocol.messages import (
 )
 from drumline.protocol.sockets import Dealer
 from drumline.protocol.status import EngineStatus
+from tests.integration.engine.simulated_experts import SimulatedExperts
 from tests.simulation.worker import SimWorker
 
 T = TypeVar("T")
@@ -89,6 +92,7 @@ class SimulatedRank:
         self.config: WorkerConfig | None = None
         self.worker: SimWorker | None = None
         self.held = NOTHING_HELD
+        self.experts: SimulatedExperts | None = None
         self.answer: Callable[[StepDone], StepDone | None] = lambda done: done
         self.answers_calls = True
         self.steps = self.sampled = 0
@@ -113,6 +117,8 @@ class SimulatedRank:
         elif isinstance(message, Load):
             return self._load(message)
         elif isinstance(message, Leave):
+            if self.experts is not None:
+                self.held = self.experts.held
             return Left(message.term, message.epoch, self.rank, self.held, self.engine.num_blocks(self.rank), FREE)
         elif isinstance(message, OpenStore):
             return StoreReady(message.term, message.epoch, self.rank, "127.0.0.1", 1)
@@ -120,6 +126,8 @@ class SimulatedRank:
             return self._configure(message)
         elif isinstance(message, Step) and self.worker is not None:
             return self._step(self.worker, message)
+        elif isinstance(message, StageExperts | CancelStage) and self.experts is not None:
+            return self.experts.told(message)
         elif isinstance(message, Call) and self.answers_calls:
             return CallResult(message.term, message.epoch, message.call_id, self.rank, True, b"pong")
         elif isinstance(message, Shutdown):
@@ -128,7 +136,14 @@ class SimulatedRank:
 
     def _step(self, worker: SimWorker, message: Step) -> StepDone | None:
         self.steps += 1
+        experts = self.experts
+        held = experts.held.copy() if experts is not None else NOTHING_HELD
+        staged = experts.before(message) if experts is not None else None
+        if staged is not None:
+            self.dealer.send(staged)
         done = worker.execute(message)
+        if experts is not None:
+            done = experts.after(message, done, held)
         layout = self.engine.coordinator.resolved.layout
         if self.rank != layout.reporting_rank(layout.replica_of(self.rank)):
             nothing = np.zeros(0, dtype=np.int32)
@@ -155,21 +170,33 @@ class SimulatedRank:
         if before is not None:
             self.worker.slots = before.slots
         self.held = self._held(message)
+        if self.config.enable_eplb:
+            self.experts = SimulatedExperts(self.rank, self.held, self._first_slot(message), self.config.load_interval)
         digest = config_digest(self.config)
         return Ready(message.term, message.epoch, self.rank, digest, blocks, 4096, 1000, 0.1)
 
     def _held(self, message: Configure) -> I32Matrix:
         """What stands in this rank's slots now: whole experts are shared out over the ranks that compute."""
+        layout = self.engine.coordinator.resolved.layout
+        if self.rank not in [member.rank for member in message.members] or not layout.enable_expert_parallel:
+            return self.held
+        slots, place = self._slots(message)
+        first = sum(slots[:place])
+        return message.placement[:, first : first + slots[place]]
+
+    def _first_slot(self, message: Configure) -> int:
+        slots, place = self._slots(message)
+        return sum(slots[:place])
+
+    def _slots(self, message: Configure) -> tuple[list[int], int]:
+        """How many slots each rank of this one's stage has, and this one's place among them."""
         members = [member.rank for member in message.members]
         layout = self.engine.coordinator.resolved.layout
-        if self.rank not in members or not layout.enable_expert_parallel:
-            return self.held
         size = layout.tensor_parallel_size
         stage = layout.coordinates(self.rank).pp_rank
         holders = [rank for rank in members if layout.coordinates(rank).pp_rank == stage]
         slots = message.slots.tolist() or slots_per_rank(message.placement.shape[1], len(members) // size * size)
-        first = sum(slots[: holders.index(self.rank)])
-        return message.placement[:, first : first + slots[holders.index(self.rank)]]
+        return list(slots), holders.index(self.rank)
 
     def beat(self, step: int = 0, inside: bool = False) -> None:
         self.dealer.send(BeatWorker(1, 1, self.rank, step, 0, inside))

@@ -17,8 +17,10 @@ from torch.distributed import (  # type: ignore[attr-defined]  # exported, but n
 )
 
 from drumline.protocol.messages import I32Matrix
-from drumline.workers.experts import rearrange_expert_weights_inplace
+from drumline.workers.experts import EplbState, rearrange_expert_weights_inplace
+from drumline.workers.experts.process_group import expert_group
 from drumline.workers.groups import GroupCoordinator
+from tests.unit.workers.balanced import Model, Parallel, Settings
 from tests.unit.workers.shuffles import check_held, least_bytes, random_placement, rank_weights
 
 if TYPE_CHECKING:
@@ -109,6 +111,30 @@ def over_a_process_group_of_torch(rank: Rank) -> str:
     weights = rank_weights(old[:, 4 * rank.rank : 4 * rank.rank + 4])
     _rearrange(group, weights, old, new, None)
     check_held(weights, new[:, 4 * rank.rank : 4 * rank.rank + 4])
+    counts = [(3 * position) % 4 for position in range(rank.world)]
+    rows = [torch.full((count, 2), position) for position, count in enumerate(counts)]
+    adapted = expert_group(group, torch.device("cpu"))
+    assert torch.equal(adapted.all_gather_rows(rows[rank.rank], counts), torch.cat(rows))
+    assert adapted.all_gather_rows(rows[0], [0] * rank.world).shape == (0, 2)
     # Over its own collectives: whoever is late would otherwise find the others' sockets closed.
     group.barrier().wait()
     return "held"
+
+
+def rearranged_again_and_again(rank: Rank) -> list[list[list[int]]]:
+    """A balancer's steps, with loads of each rank's own; the placements that it comes to."""
+    slots = (EXPERTS + 2) // rank.world
+    layer = EplbState.build_initial_global_physical_to_logical_map(EXPERTS, 2)
+    held = np.array([layer] * LAYERS, dtype=np.int32)[:, slots * rank.rank : slots * (rank.rank + 1)]
+    model = Model(held, EXPERTS + 2, EXPERTS)
+    group = rank.form_among("experts", tuple(range(rank.world)), connect=True)
+    state = EplbState.build(model, torch.device("cpu"), Parallel(Settings(2, 2, 4)), ep_group=group)
+    draw, seen = np.random.default_rng(rank.rank), []
+    for step in range(9):
+        state.expert_load_pass += torch.from_numpy(draw.integers(0, 1000, (LAYERS, slots)))
+        state.step(model, is_dummy=step == 3, log_stats=True)
+        placement = state.physical_to_logical_map.numpy()
+        check_held(model.expert_weights, placement[:, slots * rank.rank : slots * (rank.rank + 1)])
+        seen.append(placement.tolist())
+    group.close()
+    return seen

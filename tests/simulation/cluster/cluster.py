@@ -7,6 +7,7 @@ from tests.simulation.cluster.clients import SimClient
 from tests.simulation.cluster.clock import Clock
 from tests.simulation.cluster.disk import Disk
 from tests.simulation.cluster.epoch_run import EpochRun
+from tests.simulation.cluster.expert_load import Skew
 from tests.simulation.cluster.faults import Faults
 from tests.simulation.cluster.host import Host
 from tests.simulation.cluster.hub import Hub
@@ -26,7 +27,7 @@ PATIENCE_S = 900.0
 
 class Cluster:
     """One engine. ``term`` is that of its newest coordinator, ``crash_loop``: a rank ends again and again;
-    ``may_end``: and so may the engine."""
+    ``may_end``: and so may the engine. ``stuck``: by rank, until when no expert gets through from or to it."""
 
     def __init__(self, shape: Shape, seed: int, clients: int, verbose: bool = False) -> None:
         self.shape = shape
@@ -34,6 +35,7 @@ class Cluster:
         self.clock = Clock(seed, verbose)
         self.faults = Faults(self.clock, self.kill_coordinator)
         self.rules = Rules(self)
+        self.skew = Skew(seed, len(shape.moe_layer_stage), shape.num_experts)
         self.hub = Hub(self)
         self.disk = Disk()
         self.supervisor = SimSupervisor(self)
@@ -43,6 +45,7 @@ class Cluster:
         self.engine_ended = False
         self.was_degraded = False
         self.failure: Exception | None = None
+        self.stuck: dict[int, float] = {}
         self._tokens = 0
         self._ports = 9000
         self._stores: dict[int, tuple[int, int, str]] = {}

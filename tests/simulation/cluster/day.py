@@ -70,6 +70,12 @@ class Day:
             cluster.clock.after(fault.seconds, self._room_again)
         elif fault.kind == "partition":
             self._partition(fault)
+        elif fault.kind == "stuck_link":
+            cluster.clock.seen["stuck_link"] += 1
+            cluster.stuck[fault.who] = cluster.clock.now + fault.seconds
+        elif fault.kind in ("rebalance", "given_rebalance"):
+            if cluster.hub.host is not None:
+                cluster.hub.host.planner.rebalance(fault.kind == "given_rebalance")
         else:
             raise ValueError(f"a fault of kind {fault.kind!r}")
 
@@ -93,7 +99,7 @@ def run_schedule(schedule: Schedule, verbose: bool = False) -> Counter[str]:
         return day.run()
     except Exception as error:
         clock = day.cluster.clock
-        replay = f"python -m tests.simulation.cluster --seed {schedule.seed} -v"
+        replay = f"python -m tests.simulation.cluster {schedule.generator}--seed {schedule.seed} -v"
         past = "\n".join(clock.past)
         text = f"seed {schedule.seed} at {clock.now:.4f} s: {error!r}\n{past}\nreplay: {replay}"
         raise RuleBrokenError(text) from error

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from drumline.protocol.messages import Configure, Step, StepDone
+from drumline.protocol.messages import Configure, StageExperts, Step, StepDone
+from tests.simulation.cluster.expert_load import LoadReports
 from tests.simulation.cluster.expert_slots import ExpertSlots
 from tests.simulation.cluster.kv_worker import EpochWorker
 from tests.simulation.cluster.process import SIGSEGV
 from tests.simulation.cluster.rank import SimRank
+from tests.simulation.cluster.shuffles import EpochShuffles
 from tests.simulation.worker import RuleBrokenError
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ class EpochRun:
             raise RuleBrokenError("experts are to be fetched where every rank has all")
         self.needed = set(self.order) | (self.experts.travellers() if self.experts is not None else set())
         self.workers: list[EpochWorker] = []
+        # Where experts move and are counted; from the time on that the ranks have met.
+        self.shuffles: EpochShuffles | None = None
+        self._load: LoadReports | None = None
 
     def _check_members(self) -> None:
         """Whole engine replicas of this group, ascending."""
@@ -112,11 +117,18 @@ class EpochRun:
             return
         if self.experts is not None:
             self.experts.carry_out(self.inside)
+            self._balance(self.experts)
         self.formed = True
         self.needed = set(self.order)
         self._make_workers()
         for process in processes:
             process.soon(0.003, partial(self._ready, process))
+
+    def _balance(self, experts: ExpertSlots) -> None:
+        config = self.cluster.shape.balance
+        if config is not None:
+            self.shuffles = EpochShuffles(self.cluster, experts, config, self._is_free)
+            self._load = LoadReports(experts, self.cluster.skew, config.load_interval)
 
     def _ready(self, process: SimRank) -> None:
         if process.run is self and not process.hung:
@@ -171,33 +183,77 @@ class EpochRun:
 
     # -------------------------------------------------------------------- steps
 
+    def _is_free(self, process: SimRank) -> bool:
+        """Whether the main thread of ``process`` is in no step."""
+        return self._running is None and process.rank not in self._busy
+
+    def pick_up(self, process: SimRank) -> None:
+        """The main thread of ``process`` does what it was told, in order, up to the step that all must come to."""
+        while process.run is self and process.inbox and self._is_free(process) and not process.hung:
+            head = process.inbox[0]
+            if isinstance(head, Step):
+                if process.begun < head.step:
+                    process.begun = head.step
+                    if self.shuffles is not None:
+                        self.shuffles.begin(process, head)
+                break
+            process.inbox.popleft()
+            if self.shuffles is not None:
+                if isinstance(head, StageExperts):
+                    self.shuffles.stage(process, head)
+                else:
+                    self.shuffles.cancel(process, head)
+        self.try_start()
+
     def try_start(self) -> None:
         """A step begins when every member has it and none is in another."""
         if self.lost or self._running is not None or self._busy or not self.formed:
             return
         processes = [self.inside[rank] for rank in self.order]
-        if not all(process.inbox for process in processes):
+        heads = [process.inbox[0] for process in processes if process.inbox]
+        steps = [head for head in heads if isinstance(head, Step)]
+        if len(steps) < len(processes) or any(process.begun < steps[0].step for process in processes):
             return
-        heads = [process.inbox[0] for process in processes]
+        self._start(processes, steps)
+
+    def _start(self, processes: list[SimRank], heads: list[Step]) -> None:
         first = heads[0]
         for head in heads:
             if (head.step, head.wave, head.lane) != (first.step, first.wave, first.lane) or not np.array_equal(
                 head.num_tokens_across_dp, first.num_tokens_across_dp
             ):
                 raise RuleBrokenError(f"ranks of one epoch are sent different steps: {first} and {head}")
+            if head.shuffle != first.shuffle:
+                raise RuleBrokenError(f"ranks of one epoch are to move experts by {first.shuffle} and {head.shuffle}")
         if len(first.num_tokens_across_dp) != len(self.workers):
             raise RuleBrokenError(f"{first.num_tokens_across_dp} for {len(self.workers)} replicas")
+        if not self._check_experts(first, processes):
+            return
         self._running = first
         self._steps = [heads[self.layout.ranks_of_replica(replica)[0]] for replica in range(len(self.workers))]
         for process in processes:
             process.position = (first.step, 7, True)
-        decodes = not any(len(process.inbox[0].prefill_rows) for process in processes)
+        decodes = not any(len(head.prefill_rows) for head in heads)
         for process in processes:
             self.cluster.faults.in_step(process, first, "decode" if decodes else "prefill")
             if self.lost:
                 return
         slowest = max(process.factor for process in processes)
         self.clock.soon(self.cluster.shape.step_s * slowest, partial(self._finish_of, first))
+
+    def _check_experts(self, step: Step, processes: list[SimRank]) -> bool:
+        """Count what the experts compute, and see that all ranks have the same. False when one found that it has
+        missed a message, and left."""
+        if self.shuffles is None or self._load is None:
+            return True
+        believed = self.cluster.rules.believed(step)
+        before = self.shuffles.placement.copy()
+        if not self.shuffles.check(step, processes, believed):
+            return False
+        truth = self._load.count(step, before, self.clock.now)
+        if truth is not None:
+            self.cluster.rules.reported(step, *truth)
+        return True
 
     def _finish_of(self, step: Step) -> None:
         if self._running is step:
@@ -230,13 +286,18 @@ class EpochRun:
             for place in places:
                 process = processes[place]
                 own = done if process.rank == worker.rank else msgspec.structs.replace(acknowledged, rank=process.rank)
+                if self._load is not None:
+                    own = self._load.report(place, own)
                 self._busy.add(process.rank)
                 process.soon(self.cluster.shape.step_s * 0.2, partial(self._done, process, own))
 
     def _done(self, process: SimRank, done: StepDone) -> None:
         process.step_done(self, done)
         self._busy.discard(process.rank)
-        self.try_start()
+        if self.shuffles is not None and process.run is self:
+            self.shuffles.answered(process, done.step)
+            self.shuffles.poll(process)
+        self.pick_up(process)
 
     def _fails(self, processes: list[SimRank]) -> bool:
         """What requests do to the ranks that compute them."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from drumline.protocol.layout import Layout, slots_per_rank
 from drumline.protocol.messages import Configure, I32Matrix
-from tests.simulation.cluster.rank import SimRank
+from tests.simulation.cluster.rank_layer import no_spare
 from tests.simulation.worker import RuleBrokenError
+
+if TYPE_CHECKING:
+    from tests.simulation.cluster.rank import SimRank
 
 CHECKPOINT = -1
 EMPTY_SLOT = -1
@@ -39,12 +43,27 @@ class ExpertSlots:
 
     def wanted(self, place: int) -> I32Matrix:
         """int32 (moe_layers, slots): what the member at ``place`` is to hold; -1 in layers of other stages."""
+        return self.share(self.configure.placement, place)
+
+    def share(self, placement: I32Matrix, place: int) -> I32Matrix:
+        """What of ``placement``, int32 (moe_layers, all slots), is in the slots of the member at ``place``."""
         ep_rank, stage = self._layout.ep_rank(place), self._layout.coordinates(place).pp_rank
-        wanted = self.configure.placement[:, self.bounds[ep_rank] : self.bounds[ep_rank + 1]].copy()
+        share = placement[:, self.bounds[ep_rank] : self.bounds[ep_rank + 1]].copy()
         for layer, of_layer in enumerate(self._stages):
             if of_layer != stage:
-                wanted[layer] = EMPTY_SLOT
-        return wanted
+                share[layer] = EMPTY_SLOT
+        return share
+
+    def layers_of(self, place: int) -> list[int]:
+        """The layers of the stage of the member at ``place``."""
+        stage = self._layout.coordinates(place).pp_rank
+        return [layer for layer, of_layer in enumerate(self._stages) if of_layer == stage]
+
+    def places_of(self, layer: int) -> list[int]:
+        """The places of the members that hold ``layer``."""
+        tp_size, stage = self._layout.tensor_parallel_size, self._stages[layer]
+        places = [divmod(ep_rank, tp_size) for ep_rank in range(self._layout.ep_size)]
+        return [self._layout.global_rank(dp_rank, stage, tp_rank) for dp_rank, tp_rank in places]
 
     def receiver(self, layer: int, slot: int) -> tuple[int, int]:
         """(place, its own slot) of the member that has physical ``slot`` of ``layer``."""
@@ -72,16 +91,18 @@ class ExpertSlots:
         return fitted
 
     def carry_out(self, ranks: dict[int, SimRank]) -> None:
-        """Every fetch in order, each from a slot that really holds what is wanted. ``ranks``: all that are in the
-        epoch, by global rank."""
+        """Every fetch in order, each from a slot, or a spare, that really holds what is wanted; from the checkpoint
+        only what nobody has. ``ranks``: all that are in the epoch, by global rank. Spares are gone afterwards."""
         members = self.configure.members
-        before = {rank: process.held for rank, process in ranks.items()}
+        before = {rank: np.hstack([process.held, process.spare]) for rank, process in ranks.items()}
         for place, member in enumerate(members):
             ranks[member.rank].held = self.fit(ranks[member.rank].held, place)
         for layer, slot, source, source_slot in self.configure.fetches.tolist():
             wanted = int(self.configure.placement[layer, slot])
             place, own = self.receiver(layer, slot)
-            if source != CHECKPOINT and not self._holds(before.get(source), layer, source_slot, wanted):
+            if source == CHECKPOINT:
+                self._check_nobody_has(before, layer, wanted)
+            elif not self._holds(before.get(source), layer, source_slot, wanted):
                 receiver = ranks[members[place].rank]
                 # A second slot of a rank may be a copy of one that was fetched just before.
                 if source != receiver.rank or not self._holds(receiver.held, layer, source_slot, wanted):
@@ -92,6 +113,14 @@ class ExpertSlots:
             held, needed = ranks[member.rank].held, self.wanted(place)
             if not np.array_equal(held, needed):
                 raise RuleBrokenError(f"rank {member.rank} holds {held.tolist()} and should hold {needed.tolist()}")
+        for process in ranks.values():
+            process.spare = no_spare(process.held)
+
+    def _check_nobody_has(self, before: dict[int, I32Matrix], layer: int, wanted: int) -> None:
+        for rank, held in before.items():
+            if wanted in held[layer].tolist():
+                text = f"expert {wanted} of layer {layer} is read from the checkpoint"
+                raise RuleBrokenError(f"{text}, and rank {rank} holds {held.tolist()}")
 
     @staticmethod
     def _holds(held: I32Matrix | None, layer: int, slot: int, expert: int) -> bool:

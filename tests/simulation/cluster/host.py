@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from drumline.engine.client_connections import ClientConnection
+from drumline.engine.core.decisions import PlanWanted, Rebalanced
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.members import Ended, Loading, Ready, Tell, ToOwner, ToPeer, ToReplica
 from drumline.engine.running_clock import RunningClock
@@ -26,6 +27,7 @@ from drumline.protocol.messages import (
 )
 from drumline.protocol.transport import SendResult
 from tests.simulation.cluster.keeping import SimKeeping
+from tests.simulation.cluster.planner import SimPlanner
 from tests.simulation.cluster.ports import SimClientPort, WatchedCoordination
 from tests.simulation.cluster.shape import DIGEST, RESUME_WINDOW_S
 
@@ -56,7 +58,9 @@ class Host:
             now=self.now,
             restored=self.keeping.restored,
         )
-        self.coordination.on_plan = cluster.rules.watch
+        self.coordination.on_plan = partial(cluster.rules.watch, self)
+        self.coordination.watch_load(partial(cluster.rules.counted, self))
+        self.planner = SimPlanner(self)
         self.clients = SimClientPort(self)
         self.welcome: WelcomeClient | None = None
         self._gone_at: dict[bytes, float] = {}
@@ -192,6 +196,10 @@ class Host:
             self._ready()
         elif isinstance(output, Ended):
             self.end(output)
+        elif isinstance(output, PlanWanted):
+            self.planner.plan(output.request)
+        elif isinstance(output, Rebalanced):
+            self.planner.rebalanced(output)
         elif isinstance(output, Loading):
             self.clock.seen["loading"] += 1
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from drumline.engine.client_connections import Connections
 from drumline.engine.client_port import ClientPort
+from drumline.engine.core.balance.places import ExpertPlaces
+from drumline.engine.core.balance.window import Snapshot, _Gathering
 from drumline.engine.core.coordination import Coordination
 from drumline.engine.core.engine_core import EngineCore
 from drumline.protocol.messages import FromClient, HelloClient, ToClient
@@ -66,6 +68,20 @@ class WatchedCoordination(Coordination):
     """The real decisions. ``on_plan`` sees the core before anything is planned."""
 
     on_plan: Callable[[EngineCore], None] = staticmethod(lambda core: None)
+
+    def watch_load(self, see: Callable[[int, Snapshot], None]) -> None:
+        """``see`` every step whose expert loads have all come, and what they add up to."""
+        if self.balance is None:
+            return
+        window = self.balance.balancer._window
+        take = window._take
+
+        def watched(step: int, gathering: _Gathering, places: ExpertPlaces) -> Snapshot:
+            snapshot = take(step, gathering, places)
+            see(step, snapshot)
+            return snapshot
+
+        window._take = watched  # type: ignore[method-assign]  # all of them come through here
 
     def plan(self, now: float) -> None:
         if self.core is not None:

@@ -26,6 +26,10 @@ class SimProcess:
         """Do something in so many seconds, unless the process has ended; while it is stopped it waits."""
         self.clock.after(seconds, partial(self._wake, act))
 
+    def when_running(self, act: Callable[[], None]) -> None:
+        """Do something now, or while the process is stopped, once it goes on; never once it has ended."""
+        self._wake(act)
+
     def soon(self, mean: float, act: Callable[[], None]) -> None:
         """The same after a random time."""
         self.later(self.clock.random.expovariate(1.0) * mean, act)

@@ -11,6 +11,7 @@ import numpy as np
 
 from drumline.protocol.errors import ErrorInfo
 from drumline.protocol.messages import (
+    CancelStage,
     Configure,
     Fault,
     I32Matrix,
@@ -22,6 +23,7 @@ from drumline.protocol.messages import (
     OpenStore,
     Ready,
     Shutdown,
+    StageExperts,
     Step,
     StepDone,
     StoreReady,
@@ -29,6 +31,7 @@ from drumline.protocol.messages import (
     WelcomeWorker,
 )
 from tests.simulation.cluster.rank_connection import RankConnection
+from tests.simulation.cluster.rank_layer import RankLayer, left_over, no_spare
 from tests.simulation.cluster.shape import DIGEST
 
 if TYPE_CHECKING:
@@ -41,17 +44,23 @@ NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 
 class SimRank(RankConnection):
-    """A process. ``run`` is the epoch that it is in, ``held`` what its expert slots hold."""
+    """A process. ``run`` is the epoch that it is in, ``held`` what its expert slots hold, ``spare``, int32 (moe_layers,
+    any number), what it has whole besides. ``layer``: whose experts are being moved, ``generation``: the newest
+    (term, generation) that it was told to stage. ``begun``: the newest step that its main thread has come to."""
 
     def __init__(self, cluster: Cluster, rank: int, token: str, pid: int) -> None:
         super().__init__(cluster, rank, token, pid)
         self.said_left = False
         self.loading = False
         self.held = NOTHING
+        self.spare = NOTHING
+        self.layer: RankLayer | None = None
+        self.generation = (0, 0)
         self.run: EpochRun | None = None
         self.runs = 0
-        self.inbox: deque[Step] = deque()
+        self.inbox: deque[Step | StageExperts | CancelStage] = deque()
         self.expected = 0
+        self.begun = -1
         self._handlers = {
             WelcomeWorker: self._welcome,
             Load: self._load,
@@ -59,6 +68,8 @@ class SimRank(RankConnection):
             OpenStore: self._open_store,
             Configure: self._configure,
             Step: self._step,
+            StageExperts: self._shuffle,
+            CancelStage: self._shuffle,
             Shutdown: self._shutdown,
             Inject: lambda message: None,
         }
@@ -104,6 +115,7 @@ class SimRank(RankConnection):
         shape = self.cluster.shape
         self.loading, self.loaded = False, True
         self.held = experts.copy()
+        self.spare = no_spare(self.held)
         if self.held.size:
             # Of the layers of other stages it has none.
             stage = shape.layout.coordinates(self.rank).pp_rank
@@ -145,12 +157,17 @@ class SimRank(RankConnection):
             return
         self.said_left = True
         shape = self.cluster.shape
-        self.send(Left(*told, self.rank, self.held.copy(), shape.num_blocks, shape.free_bytes))
+        held, spare = np.hstack([self.held, self.spare]), self.spare.shape[1]
+        self.clock.seen["left_with_spare"] += int(np.count_nonzero(self.spare >= 0) > 0)
+        self.send(Left(*told, self.rank, held, shape.num_blocks, shape.free_bytes, spare))
 
     def out_of_epoch(self, why: str) -> None:
         """Come out of the epoch; peers in its collectives will miss this rank."""
         run, self.run = self.run, None
         self.inbox.clear()
+        if self.layer is not None:
+            self.spare = left_over(self.layer, self.held)
+            self.layer = None
         if run is not None:
             run.gone(self, why)
 
@@ -188,6 +205,7 @@ class SimRank(RankConnection):
         if self.runs == 0:
             self.cluster.faults.point(self, "joining")
         self.expected = 0
+        self.begun = -1
         self.position = (0, 0, False)
         self._wake(partial(self._enter, message))
 
@@ -198,6 +216,7 @@ class SimRank(RankConnection):
     def ready(self) -> None:
         """Experts are in place and the groups formed."""
         self.runs += 1
+        self.spare = no_spare(self.held)
         shape = self.cluster.shape
         self.send(Ready(*self.left, self.rank, DIGEST, shape.num_blocks, 64, 1000, shape.load_s, "cpu"))
 
@@ -217,7 +236,18 @@ class SimRank(RankConnection):
             return
         self.expected += 1
         self.inbox.append(message)
-        self.run.try_start()
+        self.run.pick_up(self)
+
+    def _shuffle(self, message: StageExperts | CancelStage) -> None:
+        told = (message.term, message.epoch)
+        if told < self.left or (told == self.left and self.run is None and self.said_left):
+            self.stale += 1
+            return
+        if told != self.left or self.run is None or self.run.shuffles is None:
+            self.out_of_order(f"gets {message}, has left for {self.left}")
+            return
+        self.inbox.append(message)
+        self.run.pick_up(self)
 
     def step_done(self, run: EpochRun, done: StepDone) -> None:
         """The main thread is out of a step."""

@@ -25,7 +25,7 @@ class Rest:
         if host is None or host.core is None or not host.core.idle:
             return False
         membership = host.coordination.membership
-        if any(group.stage is not GroupStage.OPEN for group in membership.groups):
+        if any(group.stage is not GroupStage.OPEN for group in membership.groups) or host.planner.unanswered:
             return False
         return self.cluster.crash_loop or all(record.state is RankState.READY for record in membership.ranks.values())
 
@@ -57,6 +57,9 @@ class Rest:
         core = host.core
         replicas = core.replica_status() if core is not None else ()
         load = [(one.running, one.waiting) for one in replicas]
+        balance = host.coordination.balance
+        if balance is not None:
+            groups.append((f"eplb {balance.status().state}, unanswered {host.planner.unanswered}", 0))
         return f"ranks {ranks}, groups {groups}, (running, waiting) {load}"
 
     def check(self) -> None:
@@ -66,6 +69,7 @@ class Rest:
             raise RuleBrokenError("no engine at the end of the day")
         core = host.core
         check_at_rest(core)
+        self.cluster.rules.experts_at_rest(host)
         if core._book.register.by_id:
             raise RuleBrokenError(f"requests {list(core._book.register.by_id)} are remembered for ever")
         if self.cluster.disk.requests:

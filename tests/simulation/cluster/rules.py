@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from drumline.engine.core.balance.window import Snapshot
 from drumline.engine.core.engine_core import EngineCore
 from drumline.engine.core.members import Ended, ToPeer
 from drumline.protocol.errors import ErrorInfo
-from drumline.protocol.messages import Configure, Leave, ToClient
+from drumline.protocol.messages import Configure, I32Matrix, Leave, Step, ToClient
 from tests.simulation.cluster.delivery_rules import DeliveryRules
+from tests.simulation.cluster.expert_load import I64
 from tests.simulation.cluster.rest import Rest
 from tests.simulation.cluster.step_rules import ClusterStepRules
 from tests.simulation.cluster.streams import Asked
@@ -20,6 +25,8 @@ if TYPE_CHECKING:
     from tests.simulation.cluster.cluster import Cluster
     from tests.simulation.cluster.host import Host
 
+StepKey = tuple[int, int, int]
+"""Term, epoch, step."""
 RESTART_WINDOW_S = 600.0
 SUSPICIOUS = 3
 """So many faults that look like a request's doing may be laid at one that had no part in them."""
@@ -37,6 +44,8 @@ class Rules:
         self._epochs: dict[int, tuple[int, int]] = {}
         self._hits: dict[int, int] = {}
         self._sent = 0
+        self._placements: dict[StepKey, I32Matrix] = {}
+        self._loads: dict[StepKey, tuple[I64, int]] = {}
 
     # -------------------------------------------------------------------- ranks
 
@@ -82,15 +91,54 @@ class Rules:
             if self._sent % 30 == 0:
                 check_prefix_cache(group)
 
-    def watch(self, core: EngineCore) -> None:
+    def watch(self, host: Host, core: EngineCore) -> None:
         """From its first step on, look at what the core plans."""
         if self.steps is None:
-            self.steps = ClusterStepRules(core, self.cluster.shape.core)
+            self.steps = ClusterStepRules(core, self.cluster.shape.core, partial(self._planned, host))
 
     def coordinator_died(self, host: Host) -> None:
         """Its core is gone with it."""
         self.steps = None
         self.delivery = DeliveryRules()
+
+    # -------------------------------------------------------------------- experts
+
+    def _planned(self, host: Host, step: Step) -> None:
+        balance = host.coordination.balance
+        if balance is not None:
+            self._placements[step.term, step.epoch, step.step] = balance.placement
+
+    def believed(self, step: Step) -> I32Matrix:
+        """The placement that the coordinator took for the one of ``step`` when it planned it."""
+        return self._placements.pop((step.term, step.epoch, step.step))
+
+    def reported(self, step: Step, tokens: I64, steps: int) -> None:
+        """The answers to ``step`` report so many tokens, int64 (layers, experts)."""
+        self._loads[step.term, step.epoch, step.step] = tokens, steps
+
+    def counted(self, host: Host, step: int, snapshot: Snapshot) -> None:
+        """What the coordinator takes the reports for: each expert's own tokens, whatever was moved meanwhile."""
+        membership = host.coordination.membership
+        key = (host.term, membership.groups[0].epoch, step)
+        tokens, steps = self._loads.pop(key)
+        self.clock.seen["load_reports"] += 1
+        if snapshot.steps != steps or not np.array_equal(snapshot.tokens, tokens):
+            text = f"the load of step {step} is taken for {snapshot.tokens.tolist()} of {snapshot.steps} steps"
+            raise RuleBrokenError(f"{text}, and was {tokens.tolist()} of {steps}")
+
+    def experts_at_rest(self, host: Host) -> None:
+        """Every report has been counted, and the coordinator knows what ranks hold."""
+        balance, membership = host.coordination.balance, host.coordination.membership
+        if balance is None:
+            return
+        present = (host.term, membership.groups[0].epoch)
+        if forgotten := [key for key in self._loads if key[:2] == present]:
+            raise RuleBrokenError(f"the expert loads of (term, epoch, step) {forgotten} were never counted")
+        for process in self.cluster.supervisor.processes.values():
+            shuffles = process.run.shuffles if process.run is not None else None
+            if shuffles is not None and not np.array_equal(shuffles.placement, balance.placement):
+                text = f"ranks hold {shuffles.placement.tolist()} at the end"
+                raise RuleBrokenError(f"{text}, the coordinator believes {balance.placement.tolist()}")
 
     # -------------------------------------------------------------------- delivery
 

@@ -39,7 +39,8 @@ MESSAGES_FROM_RANK = ("Left", "Ready", "StepDone", "StoreReady", "Loaded", "Beat
 class OtherFault:
     """What befalls others than ranks. ``kind``: coordinator (killed), stopped_coordinator, everything (the
     supervisor and all that it owns), connection (of client ``who``), client (started anew), slow_client, full_disk,
-    partition (of rank ``who``); for ``seconds``."""
+    partition (of rank ``who``); for ``seconds``. stuck_link: no expert gets through from or to rank ``who``;
+    rebalance and given_rebalance: somebody asks for one."""
 
     kind: str
     at: float
@@ -57,7 +58,7 @@ class TimedMessageFault:
 
 @dataclass(slots=True)
 class Schedule:
-    """One simulated day."""
+    """One simulated day. ``generator``: the option that chooses who made it of its seed."""
 
     seed: int
     shape: Shape
@@ -66,6 +67,7 @@ class Schedule:
     other_faults: list[OtherFault] = field(default_factory=list)
     message_faults: list[TimedMessageFault] = field(default_factory=list)
     crash_loop: bool = False
+    generator: str = ""
 
     @property
     def may_end(self) -> bool:
@@ -84,12 +86,12 @@ class Schedule:
         return max(moments, default=0.0)
 
 
-def make_shape(rng: random.Random) -> Shape:
-    """Small numbers on purpose: few blocks, few rows, short contexts."""
-    layout = rng.choice(LAYOUTS)
+def make_shape(rng: random.Random, given: Layout | None = None) -> Shape:
+    """Small numbers on purpose: few blocks, few rows, short contexts. ``given``: a layout with expert parallel."""
+    layout = given or rng.choice(LAYOUTS)
     dense = layout.data_parallel_size * layout.pipeline_parallel_size < 4 and not layout.enable_expert_parallel
     dense = dense and layout.tensor_parallel_size == 1 and rng.random() < 0.5
-    if rng.random() < 0.12:
+    if given is None and rng.random() < 0.12:
         layout, dense = Layout(2), True
     pp, attn_dp = layout.pipeline_parallel_size, layout.attention_data_parallel_size
     rows, block_size, context = rng.randint(2, 4) + pp, rng.choice((2, 3, 4)), rng.randint(16, 40)
@@ -149,11 +151,7 @@ def make_schedule(seed: int) -> Schedule:
         at = START_S + rng.uniform(0, day)
         count = rng.randint(2, 4)
         schedule.rank_faults += [RankFault("kill", rng.randrange(ranks), at + 0.01 * i) for i in range(count)]
-    for kind, chance in _OTHER_CHANCES:
-        if rng.random() < chance:
-            at = START_S + rng.uniform(-2.0, day)
-            who = rng.randrange(ranks if kind == "partition" else CLIENTS)
-            schedule.other_faults.append(OtherFault(kind, max(at, 0.2), who, _seconds(rng, kind)))
+    make_other_faults(schedule, rng, day)
     if rng.random() < 0.15:
         schedule.message_faults.append(make_message_fault(rng, ranks, day))
     # A poisoned request or a fenced sleeper needs starts of its own: that they run out is tried by itself.
@@ -161,6 +159,15 @@ def make_schedule(seed: int) -> Schedule:
     if rng.random() < 0.04:
         make_crash_loop(schedule, rng)
     return schedule
+
+
+def make_other_faults(schedule: Schedule, rng: random.Random, day: float) -> None:
+    """What befalls others than ranks."""
+    for kind, chance in _OTHER_CHANCES:
+        if rng.random() < chance:
+            at = START_S + rng.uniform(-2.0, day)
+            who = rng.randrange(schedule.shape.layout.num_ranks if kind == "partition" else CLIENTS)
+            schedule.other_faults.append(OtherFault(kind, max(at, 0.2), who, _seconds(rng, kind)))
 
 
 def make_crash_loop(schedule: Schedule, rng: random.Random) -> None:
@@ -210,11 +217,16 @@ def make_rank_fault(rng: random.Random, ranks: int, day: float) -> RankFault:
     return RankFault(kind, rng.randrange(ranks), at, point, seconds, rng.choice((2.0, 20.0)) if kind == "slow" else 1.0)
 
 
-def make_message_fault(rng: random.Random, ranks: int, day: float) -> TimedMessageFault:
+def make_message_fault(
+    rng: random.Random,
+    ranks: int,
+    day: float,
+    of: tuple[tuple[str, ...], tuple[str, ...]] = (MESSAGES_TO_RANK, MESSAGES_FROM_RANK),
+) -> TimedMessageFault:
     """Messages that are lost, late, double or unreadable for a while."""
     kind = rng.choice(("drop", "delay", "duplicate", "corrupt"))
     direction = rng.choice(("to_worker", "from_worker"))
-    names = MESSAGES_TO_RANK if direction == "to_worker" else MESSAGES_FROM_RANK
+    names = of[0] if direction == "to_worker" else of[1]
     fault = MessageFault(
         kind=kind,
         direction=direction,

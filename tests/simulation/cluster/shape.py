@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from drumline.engine.core.balance.config import BalanceConfig
 from drumline.engine.core.config import CoreConfig
 from drumline.engine.core.coordination_config import CoordinationConfig
 from drumline.engine.core.members import MembershipConfig
@@ -22,7 +25,9 @@ class Shape:
     """Times are mean virtual seconds. ``num_experts`` 0: a dense model, whose engine replicas do not meet.
 
     ``growth_bytes``: how much memory each rank may take for experts of lost ranks, ``None``: as the engine chooses.
-    ``silent_deaths``: the chance that nobody tells of a process that ended. ``kill_s``: how long a kill takes.
+    ``redundant``: expert slots of a layer beyond one of each. ``balance``: how experts move, None: not at all;
+    ``transfer_s``: how long a part of one takes, ``plan_s``: how long a plan,
+    ``plan_trouble``: the chance that none comes of it, or late. ``silent_deaths``: the chance that nobody tells of a process that ended. ``kill_s``: how long a kill takes.
     """
 
     layout: Layout
@@ -43,6 +48,11 @@ class Shape:
     silent_deaths: float = 0.0
     through_codec: bool = False
     keeps_journal: bool = True
+    redundant: int = 0
+    balance: BalanceConfig | None = None
+    transfer_s: float = 0.01
+    plan_s: float = 0.1
+    plan_trouble: float = 0.0
 
     @property
     def lockstep(self) -> bool:
@@ -76,6 +86,8 @@ class Shape:
             enable_expert_parallel=layout.enable_expert_parallel,
             attention_data_parallel_size=layout.attention_data_parallel_size,
             coordinator_lease_s=60.0,
+            enable_eplb=self.balance is not None,
+            load_interval=self.balance.load_interval if self.balance is not None else 0,
         )
 
     def coordination(self, term: int, seed: int) -> CoordinationConfig:
@@ -83,6 +95,7 @@ class Shape:
         placements = {}
         if self.num_experts:
             first = initial_placement(len(self.moe_layer_stage), self.num_experts, self.layout.ep_size)
+            first = np.hstack([first, first[:, : self.redundant]])
             placements = dict.fromkeys(range(len(self.groups)), first)
         stages = range(self.layout.pipeline_parallel_size)
         membership = MembershipConfig(
@@ -101,4 +114,11 @@ class Shape:
             expert_growth_bytes=self.growth_bytes,
             restart_limit=self.restart_limit,
         )
-        return CoordinationConfig(membership=membership, core=self.core, layout=self.layout, seed=seed, hash_key=seed)
+        return CoordinationConfig(
+            membership=membership,
+            core=self.core,
+            layout=self.layout,
+            seed=seed,
+            hash_key=seed,
+            balance=self.balance,
+        )

@@ -6,15 +6,16 @@ import json
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 
 from tests.simulation.cluster.day import run_schedule
-from tests.simulation.cluster.schedule import make_schedule
+from tests.simulation.cluster.schedule import Schedule, make_schedule
 from tests.simulation.worker import RuleBrokenError
 
 
-def replay(seed: int, verbose: bool) -> int:
+def replay(seed: int, verbose: bool, make: Callable[[int], Schedule] = make_schedule) -> int:
     """One seed, step by step."""
-    schedule = make_schedule(seed)
+    schedule = make(seed)
     if verbose:
         print(schedule)
     try:
@@ -26,7 +27,13 @@ def replay(seed: int, verbose: bool) -> int:
     return 0
 
 
-def soak(first: int, runs: int, minutes: float, keep_going: bool = False) -> int:
+def soak(
+    first: int,
+    runs: int,
+    minutes: float,
+    keep_going: bool = False,
+    make: Callable[[int], Schedule] = make_schedule,
+) -> int:
     """Seed after seed; a failing one is printed, and ends the run unless it is to go on."""
     began, used = time.monotonic(), time.process_time()
     seen: Counter[str] = Counter()
@@ -34,7 +41,7 @@ def soak(first: int, runs: int, minutes: float, keep_going: bool = False) -> int
     done = 0
     while done < runs and time.monotonic() - began < 60 * minutes:
         try:
-            seen.update(run_schedule(make_schedule(first + done)))
+            seen.update(run_schedule(make(first + done)))
         except RuleBrokenError as error:
             failed.append(first + done)
             if keep_going:

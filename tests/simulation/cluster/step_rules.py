@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from drumline.engine.core.batch_table import DECODE, PREFILL
@@ -15,10 +17,12 @@ from tests.simulation.worker import RuleBrokenError
 
 
 class ClusterStepRules:
-    """Watches the steps of all groups of one core: lockstep, steps in flight, waves, lanes, order."""
+    """Watches the steps of all groups of one core: lockstep, steps in flight, waves, lanes, order. ``see`` is shown one
+    of each."""
 
-    def __init__(self, core: EngineCore, config: CoreConfig) -> None:
+    def __init__(self, core: EngineCore, config: CoreConfig, see: Callable[[Step], None]) -> None:
         self._core = core
+        self._see = see
         self._plan, self._fail = core.plan, core.fail
         core.plan, core.fail = self.plan, self.fail  # type: ignore[method-assign]  # all of them come through here
         self._groups = groups_of(core)
@@ -28,6 +32,7 @@ class ClusterStepRules:
         self._last_lane = [config.pipeline_parallel_size - 1] * len(self._groups)
         self._next_wave = [0] * len(self._groups)
         self._stepped = [False] * len(self._groups)
+        self._demanded = [False] * len(self._groups)
         self._last = [(-1, -1)] * len(self._groups)
 
     def note_finished_waves(self) -> None:
@@ -48,8 +53,11 @@ class ClusterStepRules:
 
     def plan(self, now: float) -> list[tuple[int, Step]]:
         """What the core plans, looked at before anything else happens."""
+        if any(group.carrier is not None and group.carrier.demands for group in self._groups):
+            self.note_finished_waves()
         planned = self._plan(now)
         if planned:
+            self._see(planned[0][1])
             self._check(planned)
         return planned
 
@@ -65,10 +73,13 @@ class ClusterStepRules:
                 raise RuleBrokenError(f"replicas of one group get different steps: {first} and {step}")
             if step.num_tokens_across_dp.tolist() != first.num_tokens_across_dp.tolist():
                 raise RuleBrokenError("replicas are told different token counts")
+            if step.shuffle != first.shuffle:
+                raise RuleBrokenError(f"replicas are to move experts by {first.shuffle} and {step.shuffle}")
             # The first step of an epoch restates the rows of all lanes.
             if step.step and any(admit.lane != step.lane for admit in step.admitted):
                 raise RuleBrokenError(f"a row of another lane is admitted in a step of lane {step.lane}")
-        if len(first.num_tokens_across_dp) != len(wanted) or not first.num_tokens_across_dp.any():
+        idle = not first.num_tokens_across_dp.any() and first.shuffle is None
+        if len(first.num_tokens_across_dp) != len(wanted) or idle:
             raise RuleBrokenError(f"step {first.step} computes {first.num_tokens_across_dp.tolist()}")
         if sum(1 for record in group.in_flight if record.missing) > self._limit:
             raise RuleBrokenError(f"{len(group.in_flight)} steps in flight")
@@ -80,6 +91,10 @@ class ClusterStepRules:
         if step.epoch < last_epoch or step.step != (last_step + 1 if step.epoch == last_epoch else 0):
             raise RuleBrokenError(f"group {index}: step {step.step} of epoch {step.epoch} after {self._last[index]}")
         self._last[index] = (step.epoch, step.step)
+        if self._demanded[index] and step.wave == self._next_wave[index] - 1:
+            # Work that comes while steps run for what they carry alone may join their wave.
+            self._next_wave[index] -= 1
+        self._demanded[index] = self._groups[index].unfinished == 0
         if step.wave != self._next_wave[index]:
             raise RuleBrokenError(f"group {index}: a step of wave {step.wave}, expected {self._next_wave[index]}")
         self._stepped[index] = True

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from drumline.engine.bench.eplb import EplbSetup, rank_loads
+from drumline.engine.bench.eplb import EplbSetup
 from drumline.engine.bench.eplb_loads import SYNTHETIC, synthetic_loads
 from drumline.engine.cli import main
 from drumline.protocol.errors import InvalidConfig
@@ -184,9 +184,3 @@ def test_ranks_nodes_and_slots_are_shared_out_in_order() -> None:
     assert setup.slot_rank().tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
     assert setup.node_of_rank().tolist() == [0, 0, 1, 2]
     assert setup.start(1, 8).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]]
-
-
-def test_copies_share_the_load_of_their_expert() -> None:
-    placement = np.array([[0, 1, 0, 2]], dtype=np.int32)
-    loads = rank_loads(np.array([[6.0, 1.0, 2.0]]), placement, np.array([0, 0, 1, 1], dtype=np.int32))
-    assert loads.tolist() == [[4.0, 5.0]]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from drumline.engine.core.balance.plan import PlacementPlan, PlanRequest
-from drumline.engine.launch.planner import MAX_ASKED, Planner
+from drumline.engine.launch.planner import MAX_ASKED, MODULE, Planner
 from drumline.engine.planner_frames import FrameReader, pack_request, plans, requests
 from drumline.protocol.errors import ProtocolError
 from tests import procfs
@@ -81,9 +81,11 @@ async def test_one_process_serves_all_requests_in_turn(planner: Planner) -> None
     assert planner.pid == pid
 
 
-async def test_its_process_steps_back_for_others(planner: Planner) -> None:
+async def test_its_process_steps_back_for_others_and_has_no_torch(planner: Planner) -> None:
     await planner.plan(request())
-    assert os.getpriority(os.PRIO_PROCESS, await process_of(planner)) == os.getpriority(os.PRIO_PROCESS, 0) + 10
+    pid = await process_of(planner)
+    assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + 10
+    assert "torch" not in procfs.maps(pid)
 
 
 async def test_a_load_larger_than_any_pipe_arrives(planner: Planner) -> None:
@@ -204,6 +206,13 @@ def test_the_process_ends_with_its_owner_in_a_solve_too() -> None:
     while procfs.is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not procfs.is_alive(pid)
+
+
+def test_the_process_ends_with_its_stdin_and_at_once_when_another_owns_it() -> None:
+    for owner in (os.getpid(), 1):
+        arguments = [sys.executable, "-m", MODULE, str(owner)]
+        done = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
+        assert (done.returncode, done.stdout) == (0 if owner == os.getpid() else 1, b"")
 
 
 def test_frames_are_cut_wherever_the_stream_is() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.messages import I32Matrix
 from drumline.workers.collectives import LoneGroup
 from drumline.workers.experts import rearrange_expert_weights_inplace
-from tests.parity.threadgroup import ThreadGroup
+from tests.parity.threadgroup import ThreadGroup, ThreadMember
 from tests.parity.threadworld import on_each
 from tests.unit.workers.shuffles import (
     EXPERT_BYTES,
@@ -120,12 +122,54 @@ def test_a_rank_alone_copies_among_its_slots() -> None:
     check_held(weights, int32([1, 0, 1]))
 
 
-def test_a_profile_moves_nothing() -> None:
-    old, new = int32([0, 1, 2, 3]), int32([3, 2, 1, 0])
-    weights, sent = shuffle(old, new, [old[:, :2], old[:, 2:]], is_profile=True)
-    check_held(weights[0], old[:, :2])
-    check_held(weights[1], old[:, 2:])
-    assert sent == 0
+def test_a_profile_takes_the_memory_of_the_largest_layer_and_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    empty_like = torch.empty_like
+
+    def counted(tensor: Tensor) -> Tensor:
+        taken.append(tensor.nbytes)
+        return empty_like(tensor)
+
+    old, new = torch.tensor([[0, 1, 2, 3]] * 2), torch.tensor([[3, 2, 1, 0]] * 2)
+    weights = [[torch.zeros(2, 8)], [torch.ones(2, 16), torch.ones(2)]]
+    member = CountingMember(ThreadGroup(range(2)).member(0))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty_like", counted)
+        rearrange_expert_weights_inplace(old, new, weights, member, is_profile=True)
+    assert taken == [2 * 16 * 4, 2 * 4]
+    assert (float(weights[0][0].sum()), float(weights[1][0].sum())) == (0.0, 32.0)
+    assert member.sent == 0
+
+
+class _WatchedMember(CountingMember):
+    """Knows how much of what has arrived is still there."""
+
+    def __init__(self, member: ThreadMember) -> None:
+        super().__init__(member)
+        self.arrived: list[weakref.ref[Tensor]] = []
+        self.peak = 0
+
+    def irecv(self, shape: Sequence[int], dtype: torch.dtype, src: int) -> Any:
+        pending = self.member.irecv(shape, dtype, src)
+        return SimpleNamespace(wait=lambda: self._note(pending.wait()))
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        self.arrived.append(weakref.ref(tensor))
+        self.peak = max(self.peak, sum(found.nbytes for ref in self.arrived if (found := ref()) is not None))
+        return tensor
+
+
+def test_no_more_than_one_layer_waits_beside_the_weights() -> None:
+    old, new = int32(*[[0, 1, 2, 3]] * 4), int32(*[[2, 3, 0, 1]] * 4)
+    group = ThreadGroup(range(2))
+    members = [_WatchedMember(group.member(rank)) for rank in range(2)]
+    old_t, new_t = torch.from_numpy(old), torch.from_numpy(new)
+
+    def run(rank: int) -> None:
+        rearrange_expert_weights_inplace(old_t, new_t, rank_weights(columns(old, [2, 2], rank)), members[rank])
+
+    on_each(range(2), run)
+    assert [member.peak for member in members] == [2 * EXPERT_BYTES] * 2
 
 
 def test_holders_share_the_sending() -> None:
@@ -150,7 +194,7 @@ class _NodeMember(CountingMember):
 
 
 def test_the_nearest_holder_sends() -> None:
-    old, new = int32([0, 1, 0, 1]), int32([0, 0, 0, 0])
+    old, new = int32([0, 1, 1, 0]), int32([0, 1, 0, 0])
     group = ThreadGroup(range(4))
     members = [_NodeMember(group.member(rank)) for rank in range(4)]
     old_t, new_t = torch.from_numpy(old), torch.from_numpy(new)
@@ -159,7 +203,7 @@ def test_the_nearest_holder_sends() -> None:
         rearrange_expert_weights_inplace(old_t, new_t, rank_weights(old[:, rank : rank + 1]), members[rank])
 
     on_each(range(4), run)
-    assert [member.sent // EXPERT_BYTES for member in members] == [1, 0, 1, 0]
+    assert [member.sent // EXPERT_BYTES for member in members] == [0, 0, 0, 1]
 
 
 # --------------------------------------------------------------------------------------------------- ranks come and go
@@ -250,9 +294,10 @@ def test_an_expert_that_only_a_rank_that_is_gone_had_is_named() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_moves(change: dict[str, Any], said: str) -> None:
-    arguments = {"old": [[0, 1, 2, 3]], "new": [[3, 2, 1, 0]], "ep_group": ThreadGroup(range(2)).member(0)} | change
+    member = ThreadGroup(range(2)).member(0)
+    arguments: dict[str, Any] = {"old": [[0, 1, 2, 3]], "new": [[3, 2, 1, 0]], "ep_group": member} | change
     weights = rank_weights(int32([0, 1]))
-    options = {name: arguments[name] for name in ("slots", "rank_mapping") if name in arguments}
+    options: dict[str, Any] = {name: arguments[name] for name in ("slots", "rank_mapping") if name in arguments}
     with pytest.raises(InvalidConfig, match=said):
         rearrange_expert_weights_inplace(
             torch.tensor(arguments["old"]),

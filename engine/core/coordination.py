@@ -215,8 +215,10 @@ class Coordination:
             return
         late = self.balance.tick(now)
         if late is not None:
-            for rank in late.ranks:
-                self._lost(rank, "wedged", late.text, self.membership.ranks[rank].step, now)
+            # Most of them wait for another one, and without one the epoch is over, and what is on its way with it.
+            records = self.membership.ranks
+            rank = furthest_behind(late.ranks, records)
+            self._lost(rank, "wedged", late.text, records[rank].step, now)
         self.balanced(now)
 
     def balanced(self, now: float) -> None:

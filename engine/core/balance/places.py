@@ -39,9 +39,9 @@ class ExpertPlaces:
         return np.repeat(np.arange(self.num_ranks), self.slots)
 
     @property
-    def everyone(self) -> frozenset[int]:
-        """The global ranks of all stages."""
-        return frozenset(rank for stage in self.stages for rank in stage)
+    def holders(self) -> frozenset[int]:
+        """The global ranks of all stages that have MoE layers."""
+        return frozenset(rank for stage in set(self.layer_stage) for rank in self.stages[stage])
 
     def of_layer(self, layer: int) -> tuple[int, ...]:
         """The global ranks that hold a layer, by ep rank."""

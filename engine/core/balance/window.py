@@ -96,7 +96,7 @@ class LoadWindow:
         gathering.tokens[layers, first:end] += load
         gathering.heard.add(rank)
         gathering.steps = max(gathering.steps, steps)
-        if len(gathering.heard) < len(places.everyone):
+        if len(gathering.heard) < len(places.holders):
             return None
         del self._gathering[step]
         return self._take(step, gathering, places)

@@ -27,7 +27,7 @@ PATIENCE_S = 900.0
 
 class Cluster:
     """One engine. ``term`` is that of its newest coordinator, ``crash_loop``: a rank ends again and again;
-    ``may_end``: and so may the engine."""
+    ``may_end``: and so may the engine. ``stuck``: by rank, until when no expert gets through from or to it."""
 
     def __init__(self, shape: Shape, seed: int, clients: int, verbose: bool = False) -> None:
         self.shape = shape
@@ -45,6 +45,7 @@ class Cluster:
         self.engine_ended = False
         self.was_degraded = False
         self.failure: Exception | None = None
+        self.stuck: dict[int, float] = {}
         self._tokens = 0
         self._ports = 9000
         self._stores: dict[int, tuple[int, int, str]] = {}

@@ -70,6 +70,9 @@ class Day:
             cluster.clock.after(fault.seconds, self._room_again)
         elif fault.kind == "partition":
             self._partition(fault)
+        elif fault.kind == "stuck_link":
+            cluster.clock.seen["stuck_link"] += 1
+            cluster.stuck[fault.who] = cluster.clock.now + fault.seconds
         elif fault.kind in ("rebalance", "given_rebalance"):
             if cluster.hub.host is not None:
                 cluster.hub.host.planner.rebalance(fault.kind == "given_rebalance")

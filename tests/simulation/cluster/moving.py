@@ -35,11 +35,13 @@ def make_moving_shape(rng: random.Random) -> Shape:
     """An engine with a balancer that never rests."""
     layout = rng.choice(LAYOUTS)
     shape = make_shape(rng, layout)
+    if layout.pipeline_parallel_size > 1:
+        shape.moe_layer_stage = rng.choice(((0, 1), (0, 0, 1), (1, 1)))
     shape.redundant = rng.choice((0, 1, 2, layout.ep_size))
     expert_bytes = rng.choice((90, 100))
     shape.balance = BalanceConfig(
         window_size=rng.choice((5, 40)),
-        step_interval=rng.choice((4, 10, 30)),
+        step_interval=rng.choice((2, 4, 10, 30)),
         load_interval=rng.choice((1, 3, 8)),
         bytes_per_step=rng.choice((40, 100, 250, 1000)),
         expert_bytes=expert_bytes,
@@ -48,7 +50,8 @@ def make_moving_shape(rng: random.Random) -> Shape:
         plan_deadline_s=rng.choice((1.0, 5.0)),
     )
     shape.transfer_s = rng.choice((0.002, 0.02, 0.2))
-    shape.plan_s = rng.choice((0.01, 0.1, 0.5))
+    shape.plan_trouble = rng.choice((0.0, 0.2, 0.4))
+    shape.plan_s = rng.choice((0.005, 0.05, 0.3))
     return shape
 
 
@@ -56,10 +59,10 @@ def make_moving_schedule(seed: int) -> Schedule:
     """One day of one engine."""
     rng = random.Random(seed)
     shape = make_moving_shape(rng)
-    day = rng.choice((4.0, 8.0))
+    day = rng.choice((3.0, 6.0))
     ranks = shape.layout.num_ranks
     schedule = Schedule(seed, shape, make_wanted(rng, shape, day), generator="--experts ")
-    for _ in range(rng.choice((0, 1, 3, 6))):
+    for _ in range(rng.choice((0, 6, 12, 20))):
         kind = rng.choice(("rebalance", "given_rebalance"))
         at = START_S + rng.uniform(-1.0, day)
         schedule.other_faults.append(OtherFault(kind, at))
@@ -73,6 +76,9 @@ def make_moving_schedule(seed: int) -> Schedule:
     if rng.random() < 0.3:
         make_other_faults(schedule, rng, day)
     if rng.random() < 0.1:
+        seconds = rng.choice((1.0, 8.0, 40.0))
+        schedule.other_faults.append(OtherFault("stuck_link", START_S + rng.uniform(0, day), rng.randrange(ranks), seconds))
+    if rng.random() < 0.1:
         names = ((*MESSAGES_TO_RANK, "StageExperts", "CancelStage"), (*MESSAGES_FROM_RANK, "Staged", "Staged"))
         schedule.message_faults.append(make_message_fault(rng, ranks, day, names))
     shape.restart_limit = 60
@@ -84,4 +90,6 @@ def make_moving_fault(rng: random.Random, ranks: int, day: float) -> RankFault:
     kind = rng.choice(KINDS)
     seconds = rng.choice((0.3, 3.0, 20.0)) if kind == "stop" else 2.0 if kind == "slow" else 0.0
     at = START_S + rng.uniform(-1.0, day)
-    return RankFault(kind, rng.randrange(ranks), at, rng.choice(MOVING_POINTS), seconds, 20.0 if kind == "slow" else 1.0)
+    return RankFault(
+        kind, rng.randrange(ranks), at, rng.choice(MOVING_POINTS), seconds, 20.0 if kind == "slow" else 1.0
+    )

@@ -18,6 +18,7 @@ from tests.simulation.worker import RuleBrokenError
 if TYPE_CHECKING:
     from tests.simulation.cluster.host import Host
 
+TROUBLES = ("never", "error", "late")
 OUTCOMES = ("moved", "unchanged", "cancelled", "failed")
 
 
@@ -39,17 +40,17 @@ class SimPlanner:
         self._clock.seen["plans_wanted"] += 1
         for process in list(self._host.cluster.supervisor.processes.values()):
             self._host.cluster.faults.point(process, "planning")
-        fate = self._chance.random()
-        mean = self._host.cluster.shape.plan_s
-        if fate < 0.06:
+        shape = self._host.cluster.shape
+        trouble = self._chance.choice(TROUBLES) if self._chance.random() < shape.plan_trouble else ""
+        if trouble == "never":
             self._clock.seen["plans_never"] += 1
             return
-        if fate < 0.12:
+        if trouble == "error":
             answer = PlacementPlan(request.number, request.placement, error="the planner has died")
         else:
             answer = random_plan(request, self._chance)
-        late = 30.0 if fate > 0.95 else 1.0
-        self._clock.soon(mean * late, partial(self._host.act, partial(self._planned, answer)))
+        late = 30.0 if trouble == "late" else 1.0
+        self._clock.soon(shape.plan_s * late, partial(self._host.act, partial(self._planned, answer)))
 
     def _planned(self, plan: PlacementPlan) -> None:
         host, balance = self._host, self._host.coordination.balance
@@ -59,6 +60,7 @@ class SimPlanner:
         run = balance.balancer._run
         if run is not None and run.plan is plan:
             self._newest = plan
+            self._clock.seen["plans_begun"] += 1
         host.coordination.balanced(host.now)
         host.changed(host.now)
 

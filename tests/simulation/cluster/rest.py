@@ -69,6 +69,7 @@ class Rest:
             raise RuleBrokenError("no engine at the end of the day")
         core = host.core
         check_at_rest(core)
+        self.cluster.rules.experts_at_rest(host)
         if core._book.register.by_id:
             raise RuleBrokenError(f"requests {list(core._book.register.by_id)} are remembered for ever")
         if self.cluster.disk.requests:

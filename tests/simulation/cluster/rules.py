@@ -126,6 +126,20 @@ class Rules:
             text = f"the load of step {step} is taken for {snapshot.tokens.tolist()} of {snapshot.steps} steps"
             raise RuleBrokenError(f"{text}, and was {tokens.tolist()} of {steps}")
 
+    def experts_at_rest(self, host: Host) -> None:
+        """Every report has been counted, and the coordinator knows what ranks hold."""
+        balance, membership = host.coordination.balance, host.coordination.membership
+        if balance is None:
+            return
+        present = (host.term, membership.groups[0].epoch)
+        if forgotten := [key for key in self._loads if key[:2] == present]:
+            raise RuleBrokenError(f"the expert loads of (term, epoch, step) {forgotten} were never counted")
+        for process in self.cluster.supervisor.processes.values():
+            shuffles = process.run.shuffles if process.run is not None else None
+            if shuffles is not None and not np.array_equal(shuffles.placement, balance.placement):
+                text = f"ranks hold {shuffles.placement.tolist()} at the end"
+                raise RuleBrokenError(f"{text}, the coordinator believes {balance.placement.tolist()}")
+
     # -------------------------------------------------------------------- delivery
 
     def delivered(self, host: Host, identity: bytes, message: ToClient) -> None:

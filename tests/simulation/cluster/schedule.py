@@ -39,7 +39,8 @@ MESSAGES_FROM_RANK = ("Left", "Ready", "StepDone", "StoreReady", "Loaded", "Beat
 class OtherFault:
     """What befalls others than ranks. ``kind``: coordinator (killed), stopped_coordinator, everything (the
     supervisor and all that it owns), connection (of client ``who``), client (started anew), slow_client, full_disk,
-    partition (of rank ``who``); for ``seconds``. rebalance and given_rebalance: somebody asks for one."""
+    partition (of rank ``who``); for ``seconds``. stuck_link: no expert gets through from or to rank ``who``;
+    rebalance and given_rebalance: somebody asks for one."""
 
     kind: str
     at: float

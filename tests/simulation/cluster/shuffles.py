@@ -36,7 +36,7 @@ class EpochShuffles:
         self._experts = experts
         self._config = config
         self._is_free = is_free
-        self._transfers = Transfers(cluster.clock, cluster.shape.transfer_s)
+        self._transfers = Transfers(cluster.clock, cluster.shape.transfer_s, cluster.stuck)
         self._stages: dict[int, StageRecord] = {}
         self._unaware: defaultdict[int, list[SimRank]] = defaultdict(list)
 

@@ -53,7 +53,8 @@ class ClusterStepRules:
 
     def plan(self, now: float) -> list[tuple[int, Step]]:
         """What the core plans, looked at before anything else happens."""
-        self.note_finished_waves()
+        if any(group.carrier is not None and group.carrier.demands for group in self._groups):
+            self.note_finished_waves()
         planned = self._plan(now)
         if planned:
             self._see(planned[0][1])

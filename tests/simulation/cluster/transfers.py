@@ -4,7 +4,7 @@ sending, and meet the receives in the order in which those were posted."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -36,11 +36,13 @@ class Pair:
 
 
 class Transfers:
-    """``mean_s``: how long one takes once both sides have posted it."""
+    """``mean_s``: how long one takes once both sides have posted it; ``stuck``: by rank, until when none gets through
+    from or to it."""
 
-    def __init__(self, clock: Clock, mean_s: float) -> None:
+    def __init__(self, clock: Clock, mean_s: float, stuck: Mapping[int, float]) -> None:
         self._clock = clock
         self._mean_s = mean_s
+        self._stuck = stuck
         self._pairs: dict[tuple[int, int], Pair] = {}
 
     def send(self, to: int, post: Post) -> None:
@@ -62,7 +64,9 @@ class Transfers:
                 text = f"{sent.process} sends (generation, part) {sent.key}"
                 raise RuleBrokenError(f"{text}, {received.process} waits for {received.key}")
             clock = self._clock
-            pair.arrives = max(pair.arrives, clock.now + clock.random.expovariate(1.0) * self._mean_s)
+            mean_s = self._mean_s * max(sent.process.factor, received.process.factor)
+            stuck = max(self._stuck.get(one.process.rank, 0.0) for one in (sent, received))
+            pair.arrives = max(pair.arrives, stuck, clock.now + clock.random.expovariate(1.0) * mean_s)
             clock.at(pair.arrives, partial(_carry, sent, received))
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
+from drumline.engine.config import EngineConfig
 from drumline.engine.core.balance.plan import PlanRequest
-from drumline.engine.expert_records import F64, LoadRecord, read_expert_placement
+from drumline.engine.core.balance.policies import make_plan
+from drumline.engine.expert_records import F64, LoadRecord, read_expert_placement, save_placements
 from drumline.engine.parallel_config import ParallelConfig
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.layout import Layout, slots_per_rank
@@ -17,8 +20,9 @@ from drumline.protocol.modelspec import ModelSpec
 from drumline.protocol.placement import PlacementMaps, initial_placement
 
 FIELD = "init_placement"
-POLICY = "global"
-"""Nothing stands anywhere yet, so that no move costs anything."""
+OWN_FILE = "placement.npz"
+PLANS = 3
+"""At most so many, each from the one before: nothing stands anywhere yet, so that no move costs anything."""
 
 
 def strategy_placement(parallel: ParallelConfig, spec: ModelSpec, layout: Layout) -> I32:
@@ -45,6 +49,19 @@ def first_placement(parallel: ParallelConfig, spec: ModelSpec, layout: Layout) -
     if isinstance(found, LoadRecord):
         return _planned(path, found.tokens, by_strategy, spec, layout)
     return _checked(path, found, by_strategy, spec, layout)
+
+
+def with_own_file(config: EngineConfig, placement: I32 | None, folder: str) -> EngineConfig:
+    """The same engine, which finds the placement that it starts with in ``folder``: whoever follows a coordinator reads
+    it there, whatever has become of the user's file. Raises DrumlineError when it cannot be written."""
+    eplb = config.parallel.eplb_config
+    if eplb.init_placement is None or placement is None:
+        return config
+    own = Path(folder) / OWN_FILE
+    save_placements(own, placement[None])
+    eplb = msgspec.structs.replace(eplb, init_placement=str(own))
+    parallel = msgspec.structs.replace(config.parallel, eplb_config=eplb)
+    return msgspec.structs.replace(config, parallel=parallel)
 
 
 def _checked(path: Path, placement: I32Matrix, first: I32, spec: ModelSpec, layout: Layout) -> I32:
@@ -82,12 +99,10 @@ def _planned(path: Path, tokens: F64, first: I32, spec: ModelSpec, layout: Layou
     if tokens.shape[1:] != (layers, spec.num_experts):
         valid = f"(snapshots, {layers}, {spec.num_experts}): MoE layers and experts of the model"
         raise InvalidConfig(FIELD, f"tokens of shape {tokens.shape} in {path}", valid)
-    from drumline.engine.core.balance.policies import make_plan
-
     slots = np.array(slots_per_rank(first.shape[1], layout.ep_size), dtype=np.int32)
     request = PlanRequest(
         number=0,
-        policy=POLICY,
+        policy="incremental",
         num_layers=layers,
         load=tokens.reshape(-1, spec.num_experts).astype(np.float32),
         placement=first,
@@ -97,7 +112,12 @@ def _planned(path: Path, tokens: F64, first: I32, spec: ModelSpec, layout: Layou
         max_moved=1.0,
         min_gain=0.0,
     )
-    plan = make_plan(request, time.perf_counter)
-    if plan.error:
-        raise InvalidConfig(FIELD, f"{plan.error}: {path}", "a load that a placement can be planned from")
-    return plan.placement
+    placement = first
+    for _ in range(PLANS):
+        plan = make_plan(msgspec.structs.replace(request, placement=placement), time.perf_counter)
+        if plan.error:
+            raise InvalidConfig(FIELD, f"{plan.error}: {path}", "a load that a placement can be planned for")
+        placement = plan.placement
+        if not len(plan.moves):
+            break
+    return placement

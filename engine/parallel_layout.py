@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from drumline.engine.core.balance.plan import POLICIES
 from drumline.engine.parallel_config import ParallelConfig
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.layout import Layout
@@ -42,6 +43,13 @@ def _check_redundant(parallel: ParallelConfig, layout: Layout, spec: ModelSpec) 
     redundant, most = parallel.eplb_config.num_redundant_experts, spec.num_experts * (layout.ep_size - 1)
     if redundant > most:
         valid = f"0 to {most}: {spec.num_experts} experts have at most one copy on each of {layout.ep_size} ranks"
+        raise InvalidConfig("num_redundant_experts", redundant, valid)
+    policy, more = parallel.eplb_config.policy, -(spec.num_experts + redundant) % layout.ep_size
+    if policy != POLICIES[0] and balances(parallel, layout) and more:
+        valid = (
+            f"{redundant + more} while policy is {policy}, which needs as many slots on all {layout.ep_size} ranks; "
+            f"{POLICIES[0]} takes any number"
+        )
         raise InvalidConfig("num_redundant_experts", redundant, valid)
 
 

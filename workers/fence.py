@@ -56,29 +56,33 @@ class Fence:
         Raises:
             ProtocolError: its epoch was never configured, its number is not the next, or its wave went back.
         """
-        if self.is_stale(step.term, step.epoch):
-            return False
-        if (step.term, step.epoch) != (self.term, self.epoch):
-            raise self._refusal(
-                step, f"epoch ({step.term}, {step.epoch}) is not configured; in force: ({self.term}, {self.epoch})"
-            )
-        if self.broken:
-            self.stale += 1
+        if not self.in_force(step.term, step.epoch, step.step):
             return False
         if step.step < self.next_step:
             self.stale += 1  # a second copy of what has been run
             return False
         if step.step != self.next_step:
-            raise self._refusal(step, f"step {step.step} found, step {self.next_step} is the next")
+            raise self._refusal(step.step, f"step {step.step} found, step {self.next_step} is the next")
         if step.wave < self.wave:
-            raise self._refusal(step, f"wave {step.wave} found after wave {self.wave}")
+            raise self._refusal(step.step, f"wave {step.wave} found after wave {self.wave}")
         self.next_step += 1
         self.wave = step.wave
         return True
+
+    def in_force(self, term: int, epoch: int, step: int = -1) -> bool:
+        """Whether a message of that epoch, with ``step`` if it is one, is to be obeyed. False, and counted, when the
+        epoch is over or has been broken by a fault. Raises ProtocolError when it was never configured."""
+        if self.is_stale(term, epoch):
+            return False
+        if (term, epoch) != (self.term, self.epoch):
+            text = f"epoch ({term}, {epoch}) is not configured; in force: ({self.term}, {self.epoch})"
+            raise self._refusal(step, text)
+        self.stale += self.broken
+        return not self.broken
 
     def break_epoch(self) -> None:
         """Nothing more of this epoch is run: the table may stand anywhere after a fault."""
         self.broken = True
 
-    def _refusal(self, step: Step, text: str) -> ProtocolError:
-        return ProtocolError(text, ErrorInfo(kind="protocol", text=text, epoch=self.epoch, step=step.step))
+    def _refusal(self, step: int, text: str) -> ProtocolError:
+        return ProtocolError(text, ErrorInfo(kind="protocol", text=text, epoch=self.epoch, step=step))

@@ -21,7 +21,8 @@ from drumline.protocol.messages import (
 from drumline.workers.abort import AbortFlag
 
 INBOX_LIMIT = 32
-"""The steps in flight (pipeline stages and one) and eight control calls fit, for up to 22 stages."""
+"""The steps in flight (pipeline stages and one), an order to stage experts, one to give that up and eight control calls
+fit, for up to 20 stages."""
 
 
 class CoordinatorLost(NamedTuple):

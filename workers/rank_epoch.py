@@ -80,11 +80,6 @@ class RankEpoch:
         self.fence.broken = False
         return True
 
-    def moves(self, runner: ModelRunner) -> bool:
-        """Whether experts are on their way in this epoch, or there is something to say of them."""
-        shuffler = None if self.fence.broken else runner.experts.shuffler
-        return shuffler is not None and shuffler.pending
-
     def check(self) -> None:
         """Raises EpochAborted once a newer epoch has been ordered."""
         self._control.abort.check(self.fence.term, self.fence.epoch)

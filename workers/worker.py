@@ -12,13 +12,11 @@ import msgspec
 
 from drumline.protocol.errors import DrumlineError, ErrorInfo, ProtocolError
 from drumline.protocol.messages import (
-    NO_MATRIX,
     Call,
     CallResult,
     CancelStage,
     Configure,
     Fault,
-    I32Matrix,
     Leave,
     Load,
     OpenStore,
@@ -33,21 +31,19 @@ from drumline.protocol.stateless import StoreError
 from drumline.workers.abort import EpochAborted
 from drumline.workers.control import Control
 from drumline.workers.epoch_groups import EpochGroups
-from drumline.workers.experts.shuffler import Shuffler
 from drumline.workers.faults import describe
 from drumline.workers.groups import GroupTimeout, PeerLost
 from drumline.workers.inbox import CoordinatorLost, Order, Trigger
 from drumline.workers.injection import FaultInjector, points_of
 from drumline.workers.loaded_model import LoadedModel
 from drumline.workers.model_runner import ModelRunner, NumericFault
+from drumline.workers.moving_experts import POLL_S, MovingExperts
 from drumline.workers.rank_epoch import RankEpoch
 from drumline.workers.remote_methods import RemoteMethods, failure, remote
 
 log = logging.getLogger(__name__)
 
 EXIT_LOAD_FAILED = 1
-POLL_S = 0.002
-"""How often it is looked for experts that are on their way while there is nothing else to do."""
 WARM_UP_STEPS = 3
 WARM_UP_LEASE_S = 60.0
 """How long each of a process's first ``WARM_UP_STEPS`` with tokens may take: memory is touched, kernels are chosen."""
@@ -81,6 +77,7 @@ class Worker:
             finish=control.finish,
             spoil=lambda: self._loaded().spoil_next_logits(),
         )
+        self._experts = MovingExperts(control, self._epoch.fence, self._injector)
         self._handlers: dict[type, Callable[[Any], None]] = {
             WelcomeWorker: self._welcome,
             Load: self._load,
@@ -118,8 +115,8 @@ class Worker:
     def _next_order(self) -> Order:
         """Waits for it; meanwhile what experts are on their way is taken in."""
         while True:
-            pending = self._model is not None and self._epoch.moves(self._model.runner)
-            order = self._control.inbox.get(POLL_S if pending else None)
+            awaits = self._experts.awaits(None if self._model is None else self._model.runner)
+            order = self._control.inbox.get(POLL_S if awaits else None)
             if order is not None:
                 return order
             try:
@@ -201,74 +198,27 @@ class Worker:
             self._control.grant_lease(WARM_UP_LEASE_S)
         if self._injections.armed:
             self._injector.reach(*points_of(step, computes), step=step.step)
-        load, load_steps = self._before_step(step, runner)
+        load, load_steps = self._experts.before_step(step, runner, self._known_config())
         start = time.monotonic()
         out = runner.execute(step)
         self._injector.stretch(time.monotonic() - start, self._epoch.check)
         progress.end_step()
         if warms_up:
             self._control.grant_lease(0.0)
-        done = StepDone(
-            step.term,
-            step.epoch,
-            self._me.rank,
-            step.step,
-            out.tokens,
-            out.logprob_index,
-            out.logprobs,
-            load,
-            load_steps,
-        )
-        self._control.send(done)
+        sampled = (out.tokens, out.logprob_index, out.logprobs)
+        self._control.send(StepDone(step.term, step.epoch, self._me.rank, step.step, *sampled, load, load_steps))
         self._poll_experts()
 
     # ----------------------------------------------------------------------------------------- experts that move
 
-    def _before_step(self, step: Step, runner: ModelRunner) -> tuple[I32Matrix, int]:
-        """What the step carries is begun. Returns the expert load, if it is to be told with this step."""
-        shuffler, shuffle, interval = runner.experts.shuffler, step.shuffle, self._known_config().load_interval
-        if shuffler is None:
-            return NO_MATRIX, 0
-        load, steps = NO_MATRIX, 0
-        if (interval and step.step and step.step % interval == 0) or (shuffle is not None and shuffle.commit):
-            load, steps = shuffler.take_load()
-        if step.num_tokens_across_dp.any():
-            shuffler.count_step()
-        if shuffle is not None:
-            shuffler.begin_step(shuffle, lambda point: self._injector.reach(point, step=step.step))
-        return load, steps
-
-    def _poll_experts(self) -> None:
-        if self._model is None or not self._epoch.moves(self._model.runner):
-            return
-        fence, shuffler = self._epoch.fence, self._model.runner.experts.shuffler
-        staged = shuffler.poll(fence.term, fence.epoch) if shuffler is not None else None
-        if staged is not None:
-            self._control.send(staged)
-
-    def _shuffler_of(self, message: StageExperts | CancelStage) -> Shuffler | None:
-        """Where the order is to go, None when it comes too late."""
-        fence = self._epoch.fence
-        if fence.is_stale(message.term, message.epoch):
-            return None
-        if fence.broken:
-            fence.stale += 1
-            return None
-        shuffler = self._loaded().experts.shuffler
-        if shuffler is None:
-            raise ProtocolError(f"{type(message).__name__} found a rank whose experts do not move")
-        return shuffler
-
     def _stage(self, message: StageExperts) -> None:
-        shuffler = self._shuffler_of(message)
-        if shuffler is not None:
-            shuffler.stage(message)
+        self._experts.stage(message, self._loaded())
 
     def _cancel_stage(self, message: CancelStage) -> None:
-        shuffler = self._shuffler_of(message)
-        if shuffler is not None:
-            shuffler.cancel(message)
-            self._poll_experts()
+        self._experts.cancel(message, self._loaded())
+
+    def _poll_experts(self) -> None:
+        self._experts.poll(None if self._model is None else self._model.runner)
 
     @remote
     def expert_state(self) -> list[tuple[int, int, list[int], list[int]]]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _SIZE = click.IntRange(min=1)
 _SHARE = click.FloatRange(0.0, 1.0)
+_WIDTH = 100
 _MADE = {"layers": 58, "experts": 256, "times": 12, "seed": 0}
 
 
@@ -164,14 +165,15 @@ def _print(report: EplbReport) -> None:
         "moved",
     ):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("reason", overflow="fold")
     slots = report.layers * setup.slots
     for one in report.plans:
         following = "" if one.balancedness_next is None else f"{one.balancedness_next:.4f}"
         figures = (f"{one.balancedness_before:.4f}", f"{one.balancedness:.4f}", following, f"{one.slots_moved:,}")
         share = f"{100 * one.slots_moved / slots:.1f} %"
-        table.add_row(str(one.t), f"{one.solve_ms:.1f}", *figures, share, in_bytes(one.bytes_moved), one.reason)
-    Console().print(table)
+        table.add_row(str(one.t), f"{one.solve_ms:.1f}", *figures, share, in_bytes(one.bytes_moved))
+    Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False).print(table)
+    for one in report.plans:
+        click.echo(f"t {one.t}: {one.reason}")
     solves = [one.solve_ms for one in report.plans]
     click.echo(
         f"median solve {median(solves):.1f} ms; {sum(one.slots_moved for one in report.plans):,} slots, "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drumline.engine.config import EngineConfig
+from drumline.engine.first_placement import with_own_file
 from drumline.engine.launch.external import ExternalLaunch, external_launch
 from drumline.engine.launch.order import (
     MAX_LINE_BYTES,
@@ -144,7 +145,7 @@ async def start_local(config: EngineConfig, on_event: Callable[[Event], None] | 
     try:
         engine = LocalEngine(
             Order(
-                config=config,
+                config=with_own_file(config, resolved.placements.get(0), runtime_dir),
                 runtime_dir=runtime_dir,
                 client_endpoint=f"ipc://{runtime_dir}/client.sock",
                 worker_endpoint=worker_endpoint(config.parallel, runtime_dir),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -17,6 +17,8 @@ from drumline.protocol.status import EngineStatus
 
 AT_REST_S = 30.0
 CANARY_OF_LAYER = 1 << 32
+EXTENSION = "tests.faults.expert_digests.ExpertDigests"
+"""The ranks of an engine whose experts are looked at need it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ExpertState:
 
 
 class LayerState(msgspec.Struct, array_like=True, frozen=True):
-    """What a rank says of one MoE layer: the canary of each slot tells whose weights are there."""
+    """What a rank says of one MoE layer. The canary of a slot came with the weights that are there."""
 
     layer: int
     generation: int
@@ -43,54 +45,72 @@ class LayerState(msgspec.Struct, array_like=True, frozen=True):
     canaries: list[int]
 
 
-async def at_rest(engine: AsyncEngine, seconds: float = AT_REST_S) -> EngineStatus:
-    """Wait until every rank is ready and no plan is made or carried out."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            status = await engine.status()
-        except DrumlineError as error:
-            if not error.retryable:
-                raise
-        else:
-            whole = status.state == "ready" and all(rank.state == "ready" for rank in status.ranks)
-            if whole and status.eplb is not None and status.eplb.state == "idle":
-                return status
-        assert time.monotonic() < deadline, "the experts do not come to rest"
-        await asyncio.sleep(0.02)
+@dataclass
+class ExpertWatch:
+    """Looks at the experts of one engine. ``known``: the checksum of each expert, by layer and expert, as it was when
+    it was first seen."""
 
+    engine: AsyncEngine
+    known: dict[tuple[int, int], int] = field(default_factory=dict)
 
-async def consistent(engine: AsyncEngine) -> ExpertState:
-    """Every slot of every rank holds the expert that the engine's placement says, and its weights, in the same
-    generation of its layer on all ranks."""
-    status = await at_rest(engine)
-    placement = (await engine.expert_load()).physical_to_logical
-    by_rank = {rank.rank: rank for rank in status.ranks}
-    replies = await engine.collective_rpc("expert_state")
-    assert all(reply.ok for reply in replies), replies
-    layers: dict[int, dict[int, LayerState]] = {}
-    for reply in replies:
-        for one in msgspec.convert(reply.value, list[LayerState]):
-            layers.setdefault(one.layer, {})[by_rank[reply.rank].ep_rank] = one
-    assert sorted(layers) == list(range(len(placement)))
-    slots: set[tuple[int, ...]] = set()
-    for layer, by_place in layers.items():
-        states = [state for _, state in sorted(by_place.items())]
-        assert len({state.generation for state in states}) == 1, f"layer {layer} is mixed: {states}"
-        assert [one for state in states for one in state.held] == placement[layer].tolist(), f"layer {layer}"
-        for state in states:
-            assert state.canaries == [layer * CANARY_OF_LAYER + expert for expert in state.held], state
-        slots.add(tuple(len(state.held) for state in states))
-    (share,) = slots
-    await _layout_agrees(engine, placement, share)
-    return ExpertState(placement, share)
+    async def at_rest(self, seconds: float = AT_REST_S) -> EngineStatus:
+        """Wait until every rank is ready and no plan is made or carried out."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                status = await self.engine.status()
+            except DrumlineError as error:
+                if not error.retryable:
+                    raise
+            else:
+                whole = status.state == "ready" and all(rank.state == "ready" for rank in status.ranks)
+                if whole and status.eplb is not None and status.eplb.state == "idle":
+                    return status
+            assert time.monotonic() < deadline, "the experts do not come to rest"
+            await asyncio.sleep(0.02)
 
+    async def look(self) -> ExpertState:
+        """Every slot of every rank holds the expert that the engine's placement says, and its weights bit for bit, in
+        the same generation of its layer on all ranks."""
+        status = await self.at_rest()
+        placement = (await self.engine.expert_load()).physical_to_logical
+        place = {rank.rank: rank.ep_rank for rank in status.ranks}
+        layers: dict[int, dict[int, LayerState]] = {}
+        for rank, value in (await self._ask("expert_state")).items():
+            for one in msgspec.convert(value, list[LayerState]):
+                layers.setdefault(one.layer, {})[place[rank]] = one
+        assert sorted(layers) == list(range(len(placement)))
+        slots: set[tuple[int, ...]] = set()
+        for layer, by_place in layers.items():
+            states = [state for _, state in sorted(by_place.items())]
+            assert len({state.generation for state in states}) == 1, f"layer {layer} is mixed: {states}"
+            assert [one for state in states for one in state.held] == placement[layer].tolist(), f"layer {layer}"
+            for state in states:
+                assert state.canaries == [layer * CANARY_OF_LAYER + expert for expert in state.held], state
+            slots.add(tuple(len(state.held) for state in states))
+        (share,) = slots
+        await self._weights_are_theirs(place, layers)
+        await self._layout_agrees(placement, share)
+        return ExpertState(placement, share)
 
-async def _layout_agrees(engine: AsyncEngine, placement: I32Matrix, slots: tuple[int, ...]) -> None:
-    starts = np.cumsum([0, *slots])
-    layout = await engine.layout()
-    moe_layers = layout.model.moe_layers
-    for rank in layout.ranks:
-        mine = slice(starts[rank.ep_rank], starts[rank.ep_rank + 1])
-        for layer, experts in rank.experts.items():
-            assert experts == tuple(sorted(set(placement[moe_layers.index(layer), mine].tolist())))
+    async def _ask(self, method: str) -> dict[int, object]:
+        replies = await self.engine.collective_rpc(method)
+        assert all(reply.ok for reply in replies), replies
+        return {reply.rank: reply.value for reply in replies}
+
+    async def _weights_are_theirs(self, place: dict[int, int], layers: dict[int, dict[int, LayerState]]) -> None:
+        for rank, value in (await self._ask("expert_digests")).items():
+            for layer, digests in msgspec.convert(value, list[tuple[int, list[int]]]):
+                held = layers[layer][place[rank]].held
+                for expert, digest in zip(held, digests, strict=True):
+                    expected = self.known.setdefault((layer, expert), digest)
+                    assert digest == expected, f"rank {rank} has other weights for expert {expert} of layer {layer}"
+
+    async def _layout_agrees(self, placement: I32Matrix, slots: tuple[int, ...]) -> None:
+        starts = np.cumsum([0, *slots])
+        layout = await self.engine.layout()
+        moe_layers = layout.model.moe_layers
+        for rank in layout.ranks:
+            mine = slice(starts[rank.ep_rank], starts[rank.ep_rank + 1])
+            for layer, experts in rank.experts.items():
+                assert experts == tuple(sorted(set(placement[moe_layers.index(layer), mine].tolist())))

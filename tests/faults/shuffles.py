@@ -18,7 +18,7 @@ from drumline.engine.testing.processes import Process, family
 from drumline.protocol.errors import DrumlineError
 from drumline.protocol.messages import I32Matrix, RebalanceReport
 from drumline.protocol.status import EngineStatus, EplbStatus
-from tests.faults.expert_state import ExpertState, at_rest, consistent
+from tests.faults.expert_state import EXTENSION, ExpertState, ExpertWatch
 from tests.faults.matrix import LAYOUTS
 from tests.faults.streams import WITHIN_S, Streams, requests
 
@@ -35,7 +35,9 @@ DEADLINE_S = 1.5
 def balanced(layout: str, eplb: EPLBConfig = SLOWLY) -> EngineConfig:
     """One of the layouts with experts that may move."""
     config = LAYOUTS[layout]
-    parallel = msgspec.structs.replace(config.parallel, enable_eplb=True, eplb_config=eplb)
+    parallel = msgspec.structs.replace(
+        config.parallel, enable_eplb=True, eplb_config=eplb, worker_extension_cls=EXTENSION
+    )
     faults = FaultConfig(step_deadline_s=DEADLINE_S, restart_limit=1000)
     return msgspec.structs.replace(config, parallel=parallel, faults=faults)
 
@@ -46,6 +48,7 @@ class Shuffles:
 
     faulty: FaultyEngine
     streams: Streams
+    watch: ExpertWatch
     state: ExpertState
     done: list[str] = field(default_factory=list)
 
@@ -57,7 +60,8 @@ class Shuffles:
             streams = await Streams.learned(faulty.engine, requests(STREAMS))
             async with streams.running():
                 await streams.move_on()
-                shuffles = cls(faulty, streams, await consistent(faulty.engine))
+                watch = ExpertWatch(faulty.engine)
+                shuffles = cls(faulty, streams, watch, await watch.look())
                 yield shuffles
             status = await faulty.engine.status()
             assert status.requests.failed == status.requests.cancelled == 0
@@ -165,7 +169,7 @@ class Shuffles:
         assert len(self.faulty.injected) > injected
         await self.streams.move_on()
         await self.faulty.until_whole()
-        self.state = await consistent(self.faulty.engine)
+        self.state = await self.watch.look()
         await self.move_on_to_another()
         self.done.append(phase)
 
@@ -174,7 +178,7 @@ class Shuffles:
         wanted = self.state.turned
         report = await self.faulty.engine.rebalance_experts(wanted)
         assert report.outcome == "moved", report
-        self.state = await consistent(self.faulty.engine)
+        self.state = await self.watch.look()
         assert (self.state.placement == wanted).all()
 
     async def _ended(self, report: asyncio.Task[RebalanceReport]) -> None:
@@ -208,6 +212,6 @@ class Shuffles:
             for pid in family(supervisor):
                 if role_of(pid) == "planner":
                     return Process(pid, "the planner")
-            await at_rest(self.faulty.engine)
+            await self.watch.at_rest()
             await self.faulty.engine.rebalance_experts()
         raise AssertionError("no planner was started for a plan")

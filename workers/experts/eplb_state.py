@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,31 +20,14 @@ from drumline.protocol.layout import slots_per_rank
 from drumline.protocol.placement import PlacementMaps
 from drumline.protocol.rebalance import rebalance_experts
 from drumline.workers.experts.process_group import AnyGroup, ExpertGroup, expert_group
-from drumline.workers.experts.protocols import MixtureOfExperts
+from drumline.workers.experts.protocols import MixtureOfExperts, ParallelSettings
 from drumline.workers.experts.rearrange import rearrange_expert_weights_inplace
 
 log = logging.getLogger(__name__)
 
+_Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Policy: TypeAlias = Callable[[Any, int, int, int, int], tuple[Any, Any, Any]]
 """Arguments and results of ``rebalance_experts``; the same on every rank that asks with the same arguments."""
-
-
-class EplbSettings(Protocol):
-    """What is read of an ``EPLBConfig``."""
-
-    @property
-    def window_size(self) -> int: ...
-    @property
-    def step_interval(self) -> int: ...
-    @property
-    def num_redundant_experts(self) -> int: ...
-
-
-class ParallelSettings(Protocol):
-    """What is read of a ``ParallelConfig``."""
-
-    @property
-    def eplb_config(self) -> EplbSettings: ...
 
 
 @dataclass
@@ -120,26 +103,21 @@ class EplbState:
         if rank_mapping is not None and global_expert_load is None:
             raise InvalidConfig("global_expert_load", None, "a load to plan on where ranks have come or gone")
         group = expert_group(ep_group, device)
-        share = _checked_slots(model, group, slots)
-        layers, local = model.num_moe_layers, model.num_local_physical_experts
         old = _initial(model, device) if old_global_expert_indices is None else old_global_expert_indices.to(device)
-        size = (layers, model.num_logical_experts)
+        nodes = getattr(group, "node_count", 1) if num_nodes is None else num_nodes
+        share = _checked_slots(model, group, slots)
         state = cls(
-            torch.full((layers, sum(share)), -1, dtype=torch.int64, device=device),
-            torch.full((*size, model.num_redundant_experts + 1), -1, dtype=torch.int64, device=device),
-            torch.zeros(size, dtype=torch.int64, device=device),
-            torch.zeros(layers, local, dtype=torch.int64, device=device),
-            torch.zeros(settings.window_size, layers, local, dtype=torch.int64, device=device),
+            *_empty(model, device, settings.window_size),
             expert_load_window_size=settings.window_size,
             # The first rearrangement comes after a quarter of the interval.
             expert_rearrangement_step=settings.step_interval - settings.step_interval // 4,
             expert_rearrangement_step_interval=settings.step_interval,
             ep_group=ep_group,
             slots=share,
-            num_nodes=getattr(group, "node_count", 1) if num_nodes is None else num_nodes,
+            num_nodes=nodes,
             policy=policy,
         )
-        load = torch.ones(size) if global_expert_load is None else global_expert_load
+        load = torch.ones_like(state.logical_replica_count) if global_expert_load is None else global_expert_load
         # Also without a load: what cannot be planned is to be known now, not when the first interval is over.
         new = state._planned(model, load, range(group.world_size))
         if global_expert_load is None:
@@ -283,6 +261,17 @@ def _initial(model: MixtureOfExperts, device: torch.device) -> Tensor:
         model.num_routed_experts, model.num_redundant_experts
     )
     return torch.tensor(layer, dtype=torch.int64, device=device).expand(model.num_moe_layers, -1)
+
+
+def _empty(model: MixtureOfExperts, device: torch.device, window_size: int) -> _Tensors:
+    """The tensors of a state, in its order, without a placement and without loads."""
+    layers, experts, local = model.num_moe_layers, model.num_logical_experts, model.num_local_physical_experts
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+
+    maps = zeros(layers, model.num_physical_experts), zeros(layers, experts, model.num_redundant_experts + 1)
+    return *maps, zeros(layers, experts), zeros(layers, local), zeros(window_size, layers, local)
 
 
 def _checked_slots(model: MixtureOfExperts, group: ExpertGroup, slots: Sequence[int] | None) -> tuple[int, ...]:

@@ -42,8 +42,9 @@ class ExpertLayer:
         self.span = span
         self.canary = np.array([canary_of(number, expert) for expert in held], dtype=np.int64)
         self.generation = 0
-        #: Experts outside of the slots, and their memory: they are numbered on behind the slots.
+        #: Experts outside of the slots, and their memory. They are numbered on from ``first_spare``.
         self.spares: list[tuple[int, ExpertWeights]] = []
+        self.first_spare = len(self.held)
 
     @property
     def num_slots(self) -> int:
@@ -56,14 +57,14 @@ class ExpertLayer:
 
     def source(self, slot: int) -> ExpertWeights:
         """The memory of ``slot``, or of a spare behind the slots."""
-        return self.weights(slot) if slot < self.num_slots else self.spares[slot - self.num_slots][1]
+        return self.weights(slot) if slot < self.num_slots else self.spares[slot - self.first_spare][1]
 
     def holds(self, slot: int, expert: int) -> bool:
         """Whether all of ``expert`` stands in ``slot``, or is a spare with that number."""
         if slot < self.num_slots:
             return int(self.held[slot]) == expert
-        spare = slot - self.num_slots
-        return spare < len(self.spares) and self.spares[spare][0] == expert
+        spare = slot - self.first_spare
+        return 0 <= spare < len(self.spares) and self.spares[spare][0] == expert
 
     def row(self, slot: int) -> ExpertWeights:
         """The slot's own memory."""

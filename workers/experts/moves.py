@@ -59,12 +59,17 @@ def read_moves(
             )
         if source < CHECKPOINT or source_slot < 0:
             raise ProtocolError(f"an expert is to come from slot {source_slot} of rank {source}")
-        ep_rank = int(maps.slot_rank[physical])
-        target = stages[layer_stage[number]][ep_rank]
-        slot = physical - int(maps.rank_offsets[ep_rank])
-        expert = int(maps.physical_to_logical[number, physical])
-        moves.append(Move(number, target, slot, expert, source, source_slot))
+        moves.append(move_of(number, maps, number, stages[layer_stage[number]], physical, source, source_slot))
     return tuple(moves)
+
+
+def move_of(
+    number: int, maps: PlacementMaps, row: int, stage: Sequence[int], physical: int, source: int, source_slot: int
+) -> Move:
+    """One move of MoE layer ``number``, which is number ``row`` of ``maps``; ``stage``: its ranks, by ep rank."""
+    ep_rank = int(maps.slot_rank[physical])
+    slot = physical - int(maps.rank_offsets[ep_rank])
+    return Move(number, stage[ep_rank], slot, int(maps.physical_to_logical[row, physical]), source, source_slot)
 
 
 def check_moves(layer: ExpertLayer, moves: Sequence[Move], me: int, wanted: I32 | None) -> None:
@@ -81,7 +86,7 @@ def check_moves(layer: ExpertLayer, moves: Sequence[Move], me: int, wanted: I32 
     if wanted is None:
         return
     for slot, expert in enumerate(wanted.tolist()):
-        if slot not in fetched and not layer.holds(slot, expert):
+        if slot not in fetched and not (slot < layer.num_slots and layer.holds(slot, expert)):
             raise ProtocolError(f"nothing brings expert {expert} into slot {slot} of MoE layer {layer.number}")
 
 

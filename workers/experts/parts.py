@@ -7,7 +7,7 @@ from torch import Tensor
 
 from drumline.workers.experts.expert_layer import ExpertWeights
 
-_CANARY_BYTES = 8
+CANARY_BYTES = 8
 
 
 def part_bounds(nbytes: int, parts: int, part: int) -> tuple[int, int]:
@@ -23,7 +23,7 @@ def expert_bytes(weights: ExpertWeights) -> int:
 def part_size(weights: ExpertWeights, parts: int, part: int) -> int:
     """Bytes of the message of one part."""
     first, end = part_bounds(expert_bytes(weights), parts, part)
-    return end - first + (_CANARY_BYTES if part == parts - 1 else 0)
+    return end - first + (CANARY_BYTES if part == parts - 1 else 0)
 
 
 def _pieces(weights: ExpertWeights, first: int, end: int) -> list[Tensor]:

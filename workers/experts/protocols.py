@@ -1,4 +1,4 @@
-"""What a mixture of experts must offer for its experts to be balanced; the names are those of vLLM's protocol."""
+"""What a model and a configuration must offer for experts to be balanced; the names of the model's are vLLM's."""
 
 from __future__ import annotations
 
@@ -80,3 +80,21 @@ class MixtureOfExperts(Protocol):
 def is_mixture_of_experts(model: object) -> TypeGuard[MixtureOfExperts]:
     """Whether ``model`` is a :class:`MixtureOfExperts` and has any experts."""
     return isinstance(model, MixtureOfExperts) and model.num_moe_layers > 0
+
+
+class EplbSettings(Protocol):
+    """What is read of an ``EPLBConfig``."""
+
+    @property
+    def window_size(self) -> int: ...
+    @property
+    def step_interval(self) -> int: ...
+    @property
+    def num_redundant_experts(self) -> int: ...
+
+
+class ParallelSettings(Protocol):
+    """What is read of a ``ParallelConfig``."""
+
+    @property
+    def eplb_config(self) -> EplbSettings: ...

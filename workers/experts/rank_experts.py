@@ -60,7 +60,7 @@ class RankExperts:
         #: What moves between steps; None where nothing does.
         self.shuffler: Shuffler | None = None
         if staging and self.whole:
-            self.shuffler = Shuffler(self.layers, self._layer_stage, spec.num_experts, me)
+            self.shuffler = Shuffler(self.layers, spec.num_experts, me)
 
     @classmethod
     def loaded(
@@ -96,7 +96,7 @@ class RankExperts:
         held = np.full((len(self._layer_stage), width + self.num_spare), EMPTY, dtype=np.int32)
         for layer in self.layers:
             held[layer.number, : layer.num_slots] = layer.held
-            for place, (expert, _) in enumerate(layer.spares, width):
+            for place, (expert, _) in enumerate(layer.spares, layer.first_spare):
                 held[layer.number, place] = expert
         return held
 
@@ -109,8 +109,10 @@ class RankExperts:
         """Nothing moves between steps any more. What is outside of the slots can be copied from in the next refit."""
         if self.shuffler is not None:
             self.shuffler.close()
+            width = max((layer.num_slots for layer in self.layers), default=0)
             for layer in self.layers:
-                layer.spares = self.shuffler.spares(layer)
+                # A refit that ended in the middle leaves layers of different widths.
+                layer.spares, layer.first_spare = self.shuffler.spares(layer), width
 
     def moving_ranks(self, epoch: EpochPlace, placement: I32Matrix, slots: I32, fetches: I32Matrix) -> frozenset[int]:
         """The ranks of this stage that give each other experts; arguments and errors as of :meth:`refit`."""

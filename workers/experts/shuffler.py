@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from drumline.protocol.errors import ProtocolError
-from drumline.protocol.messages import NO_MATRIX, CancelStage, I32Matrix, Shuffle, Staged, StageExperts
+from drumline.protocol.errors import InvalidConfig, ProtocolError
+from drumline.protocol.messages import CancelStage, Shuffle, Staged, StageExperts
 from drumline.protocol.placement import PlacementMaps
 from drumline.workers.epoch_place import EpochPlace
-from drumline.workers.experts.expert_layer import ExpertLayer
-from drumline.workers.experts.moves import read_moves
-from drumline.workers.experts.staged_layer import StagedLayer, held_of
+from drumline.workers.experts.expert_layer import ExpertLayer, ExpertWeights
+from drumline.workers.experts.load_reports import LoadReports
+from drumline.workers.experts.moves import CHECKPOINT, Move, move_of
+from drumline.workers.experts.staged_layer import StagedLayer
 from drumline.workers.experts.staging_pool import StagingPool
 from drumline.workers.groups.coordinator import GroupCoordinator
 from drumline.workers.layers import RoutingView
@@ -25,35 +24,41 @@ Reach = Callable[[str], None]
 
 
 class Shuffler:
-    """The layers of this rank's stage, one of which may be under way. Between epochs it does nothing."""
+    """The layers of this rank's stage, one of which may be under way. Between epochs it does nothing.
 
-    def __init__(self, layers: Sequence[ExpertLayer], layer_stage: Sequence[int], num_experts: int, me: int) -> None:
+    ``pool``: the memory that experts come to, None in a stage without MoE layers. ``load``: what is reported of the
+    tokens of each slot.
+    """
+
+    def __init__(self, layers: Sequence[ExpertLayer], num_experts: int, me: int) -> None:
         self._layers = tuple(layers)
-        self._layer_stage = tuple(layer_stage)
         self._num_experts = num_experts
         self._me = me
         self.pool = StagingPool.for_layers(self._layers)
+        self.load = LoadReports(self._layers)
         self._place: EpochPlace | None = None
         self._slots: Sequence[int] = ()
         self._nodes: Sequence[int] = ()
         self._group: GroupCoordinator | None = None
         self._stage: StagedLayer | None = None
-        self._held_before = np.zeros(0, dtype=np.int32)
-        self._seen = 0
-        self._reported: Tensor | None = None
-        self._steps = 0
+        self._maps: PlacementMaps | None = None
+        self._newest = 0
 
     # --------------------------------------------------------------------------------------------------------- epochs
 
     def open(
         self, place: EpochPlace, slots: Sequence[int], nodes: Sequence[int], group: GroupCoordinator | None
     ) -> None:
-        """An epoch begins, in which ``group`` carries experts between the ranks of this stage that compute."""
+        """An epoch begins, in which ``group`` carries experts between the ranks of this stage that compute, and
+        ``slots`` says how many slots each has (none: evenly)."""
         self._place, self._slots, self._nodes, self._group = place, tuple(slots), tuple(nodes), group
-        self._seen = self._steps = 0
+        self._newest = 0
         for layer in self._layers:
             layer.generation = 0
-        self._reported = self._counts()
+        if self.pool is not None and self.pool.size < max(layer.num_slots for layer in self._layers):
+            self.pool = None  # the old one goes before the new one comes
+            self.pool = StagingPool.for_layers(self._layers)
+        self.load.begin()
 
     def close(self) -> None:
         """The epoch is over: nothing moves any more. What is spare stays until :meth:`forget`."""
@@ -65,12 +70,10 @@ class Shuffler:
         stage, self._stage = self._stage, None
         if stage is not None:
             stage.settle()
-            stage.release()
 
-    def spares(self, layer: ExpertLayer) -> list[tuple[int, tuple[Tensor, Tensor]]]:
+    def spares(self, layer: ExpertLayer) -> list[tuple[int, ExpertWeights]]:
         """Whole experts of ``layer`` outside of its slots, and their memory."""
-        stage = self._stage
-        return stage.spares(self._held_before) if stage is not None and stage.layer is layer else []
+        return self._stage.spares() if self._stage is not None and self.moves(layer) else []
 
     def moves(self, layer: ExpertLayer) -> bool:
         """Whether ``layer`` is under way."""
@@ -78,62 +81,70 @@ class Shuffler:
 
     # --------------------------------------------------------------------------------------------------------- orders
 
-    def stage(self, message: StageExperts) -> None:
-        """A layer is to get other experts. Raises ProtocolError, before anything is changed, where it cannot."""
-        place, pool = self._place, self.pool
+    def stage(self, message: StageExperts) -> bool:
+        """A layer is to get other experts. False for an order that has been taken before. Raises ProtocolError, before
+        anything is changed, where it cannot be."""
+        place, pool, name = self._place, self.pool, f"generation {message.generation}"
         if place is None or pool is None or place.parked:
-            raise ProtocolError(f"generation {message.generation} found a rank that moves no experts")
+            raise ProtocolError(f"{name} found a rank that moves no experts")
+        if message.generation == self._newest:
+            return False
+        if message.generation < self._newest:
+            raise ProtocolError(f"{name} found after {self._newest}; valid: ascending ones")
         if self._stage is not None:
-            raise ProtocolError(f"generation {message.generation} found {self._stage.generation} under way")
+            raise ProtocolError(f"{name} found {self._stage.generation} under way")
         layer = next((one for one in self._layers if one.number == message.layer), None)
         if layer is None:
-            raise ProtocolError(f"MoE layer {message.layer} is not of this rank's stage")
-        rows = np.zeros((len(self._layer_stage), len(message.placement)), dtype=np.int32)
-        rows[:] = np.arange(len(message.placement)) % self._num_experts
-        rows[message.layer] = message.placement
-        maps = PlacementMaps.build(rows, self._num_experts, place.layout.ep_size, self._slots)
-        moves = read_moves(place, maps, self._layer_stage, message.fetches)
-        bounds = message.rounds.tolist()
-        if not bounds or bounds[0] != 0 or bounds[-1] != len(moves) or sorted(bounds) != bounds:
-            raise ProtocolError(f"rounds {bounds} do not share out {len(moves)} moves")
-        if any(move.number != message.layer or move.source < 0 for move in moves):
-            raise ProtocolError(f"moves of other layers, or from the checkpoint, among those of layer {message.layer}")
-        own = maps.local_slots(self._ep_rank(place))
-        wanted = maps.physical_to_logical[message.layer, own.start : own.stop]
-        rounds = tuple(moves[first:end] for first, end in pairwise(bounds))
-        self._held_before = held_of(layer)
+            numbers = [one.number for one in self._layers]
+            raise ProtocolError(f"{name} of MoE layer {message.layer}; this rank's stage has {numbers}")
+        maps = self._maps_of(message, place)
+        rounds = _rounds(message, _moves(message, maps, place))
+        own = maps.local_slots(_ep_rank(place))
+        wanted = maps.physical_to_logical[0, own.start : own.stop]
         self._stage = StagedLayer(message, rounds, wanted, layer, self._me, pool)
-        self._seen = message.generation
+        self._newest = message.generation
         self._maps = maps
+        return True
 
-    @staticmethod
-    def _ep_rank(place: EpochPlace) -> int:
-        return place.layout.ep_rank(place.rank)
+    def _maps_of(self, message: StageExperts, place: EpochPlace) -> PlacementMaps:
+        """Those of one layer."""
+        placement = np.asarray(message.placement).reshape(1, -1)
+        try:
+            return PlacementMaps.build(placement, self._num_experts, place.layout.ep_size, self._slots)
+        except InvalidConfig as error:
+            raise ProtocolError(f"generation {message.generation} of MoE layer {message.layer}: {error.text}") from None
 
-    def cancel(self, message: CancelStage) -> None:
-        """The stage is given up. Raises ProtocolError for one that is committed."""
+    def cancel(self, message: CancelStage) -> bool:
+        """The stage is given up. False for one that has been dropped already. Raises ProtocolError for one that is
+        committed."""
+        if self._stage is None and message.generation == self._newest:
+            return False
         stage = self._of(message.generation)
         if stage.committed:
             raise ProtocolError(f"generation {message.generation} is to be cancelled and is committed")
         stage.dropping = True
         stage.told = False
+        return True
 
     def begin_step(self, shuffle: Shuffle, reach: Reach) -> None:
-        """What a step carries, before the model runs. Raises ProtocolError for what cannot be. ``reach``: is told of
-        the points ``commit`` and ``staging``."""
-        if self._stage is None and len(set(self._layer_stage)) > 1:
-            return  # of a layer of another stage
+        """What a step carries, before the model runs. ``reach`` is told of the points ``commit`` and ``staging``.
+
+        Raises ProtocolError for what cannot be; where there are several pipeline stages a rank without a layer under
+        way takes it for another stage's.
+        """
+        place = self._place
+        if place is not None and self._stage is None and place.layout.pipeline_parallel_size > 1:
+            return
         stage = self._of(shuffle.generation)
         if shuffle.commit:
             stage.commit()
-            self._recount(stage.layer)
+            self.load.recount(stage.layer)
             self._route(stage.layer)
             reach("commit")
         if shuffle.end > shuffle.first:
             stage.start(shuffle.first, shuffle.end, self._group)
             reach("staging")
         if shuffle.home_end > shuffle.home_first and stage.go_home(shuffle.home_first, shuffle.home_end):
-            stage.release()
             self._stage = None
 
     def _of(self, generation: int) -> StagedLayer:
@@ -143,10 +154,9 @@ class Shuffler:
         return self._stage
 
     def _route(self, layer: ExpertLayer) -> None:
-        place = self._place
-        if place is not None:
-            rank, device = self._ep_rank(place), layer.moe.experts.down.device
-            layer.moe.routing = RoutingView.of(self._maps, layer.number, rank, device, self._nodes)
+        if self._place is not None and self._maps is not None:
+            rank, device = _ep_rank(self._place), layer.moe.experts.down.device
+            layer.moe.routing = RoutingView.of(self._maps, 0, rank, device, self._nodes)
 
     # --------------------------------------------------------------------------------------------------------- answers
 
@@ -157,44 +167,42 @@ class Shuffler:
         return stage is not None and not stage.told and (stage.pending or stage.whole or stage.dropping)
 
     def poll(self, term: int, epoch: int) -> Staged | None:
-        """Take in what has come; the word that all of it has, once. Raises ProtocolError, PeerLost, EpochAborted."""
+        """Take in what has come; the word that all of it has, once. Waits for nobody. Raises ProtocolError, PeerLost,
+        EpochAborted."""
         stage = self._stage
         if stage is None or stage.told or self._place is None:
             return None
-        stage.poll()
+        stage.poll(self._group)
         if stage.pending or not (stage.whole or stage.dropping):
             return None
         stage.told = True
         seconds = time.monotonic() - stage.started_at
         if stage.dropping:
-            stage.release()
             self._stage = None
         received = 0 if stage.dropping else stage.bytes_received
         return Staged(term, epoch, self._me, stage.generation, received, seconds, stage.dropping)
 
-    # ------------------------------------------------------------------------------------------------------------ load
 
-    def _counts(self) -> Tensor:
-        width = max((layer.num_slots for layer in self._layers), default=0)
-        if not self._layers:
-            return torch.zeros(0, width, dtype=torch.int64)
-        return torch.stack([layer.moe.experts.load for layer in self._layers])
+def _ep_rank(place: EpochPlace) -> int:
+    return place.layout.ep_rank(place.rank)
 
-    def count_step(self) -> None:
-        """A step with tokens has run."""
-        self._steps += 1
 
-    def take_load(self) -> tuple[I32Matrix, int]:
-        """Tokens that each slot has computed since the last call, int32 (layers of the stage, slots), and in how many
-        steps."""
-        if self._reported is None:
-            return NO_MATRIX, 0
-        counts, steps, self._steps = self._counts(), self._steps, 0
-        since = (counts - self._reported).cpu().numpy().astype(np.int32)
-        self._reported = counts
-        return since, steps
+def _moves(message: StageExperts, maps: PlacementMaps, place: EpochPlace) -> list[Move]:
+    """The moves in order; all of them between ranks of this stage."""
+    ranks = place.world_ranks(place.layout.expert_group(place.rank))
+    moves = []
+    for number, physical, source, source_slot in np.asarray(message.fetches).tolist():
+        if number != message.layer or source == CHECKPOINT:
+            raise ProtocolError(f"moves of other layers, or from the checkpoint, among those of layer {message.layer}")
+        if not 0 <= physical < maps.num_slots or source not in ranks or source_slot < 0:
+            found = f"an expert for slot {physical} from slot {source_slot} of rank {source}"
+            raise ProtocolError(f"{found}; valid: slots below {maps.num_slots}, ranks {list(ranks)}")
+        moves.append(move_of(number, maps, 0, ranks, physical, source, source_slot))
+    return moves
 
-    def _recount(self, layer: ExpertLayer) -> None:
-        """Its counters were set anew."""
-        if self._reported is not None:
-            self._reported[self._layers.index(layer)] = layer.moe.experts.load
+
+def _rounds(message: StageExperts, moves: Sequence[Move]) -> tuple[tuple[Move, ...], ...]:
+    bounds = np.asarray(message.rounds).tolist()
+    if not bounds or bounds[0] != 0 or bounds[-1] != len(moves) or sorted(bounds) != bounds:
+        raise ProtocolError(f"rounds {bounds} do not share out {len(moves)} moves")
+    return tuple(tuple(moves[first:end]) for first, end in pairwise(bounds))

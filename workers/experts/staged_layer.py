@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from drumline.protocol.errors import ProtocolError
 from drumline.protocol.messages import I32, StageExperts
-from drumline.workers.experts.expert_layer import EMPTY, ExpertLayer, canary_of
+from drumline.workers.experts.expert_layer import EMPTY, ExpertLayer, ExpertWeights, canary_of
 from drumline.workers.experts.moves import Move
-from drumline.workers.experts.parts import cut_part, part_size, put_part
+from drumline.workers.experts.parts import CANARY_BYTES, cut_part, part_size, put_part
 from drumline.workers.experts.staging_pool import StagingPool
 from drumline.workers.groups.coordinator import GroupCoordinator
 from drumline.workers.groups.pending import PendingRecv, PendingSend
@@ -21,9 +21,10 @@ from drumline.workers.groups.pending import PendingRecv, PendingSend
 
 @dataclass(slots=True)
 class _Coming:
-    """A part that is expected for the expert in ``buffer``."""
+    """A part that is expected from rank ``source``, for the expert in ``buffer``."""
 
     pending: PendingRecv
+    source: int
     buffer: int
     part: int
 
@@ -52,17 +53,21 @@ class StagedLayer:
         self._parts = message.parts
         self._rounds = rounds
         self._wanted = wanted
+        self._held_before: I32 = layer.held.copy()
         self._me = me
         self._pool = pool
         self._next = 0
         self._next_home = 0
         self._home: set[int] = set()
-        self._coming: list[_Coming] = []
+        self._outgoing: deque[tuple[int, Tensor]] = deque()
         self._sends: list[PendingSend] = []
+        self._coming: list[_Coming] = []
         arriving = [move for moves in rounds for move in moves if move.target == me]
         self._check(message, arriving)
-        #: The buffer of each slot that gets another expert.
-        self._buffers = {move.slot: number for number, move in enumerate(arriving)}
+        #: The slot that the expert in each buffer is for, and how many of its parts are in the buffer.
+        self._slots = [move.slot for move in arriving]
+        self._arrived_parts = [0] * len(arriving)
+        self._buffers = {slot: buffer for buffer, slot in enumerate(self._slots)}
 
     def _check(self, message: StageExperts, arriving: list[Move]) -> None:
         layer, name = self.layer, f"generation {message.generation} of MoE layer {self.layer.number}"
@@ -70,7 +75,8 @@ class StagedLayer:
             raise ProtocolError(f"{name} in {message.parts} parts; the layer has generation {layer.generation}")
         slots = {move.slot for move in arriving}
         if len(slots) < len(arriving) or len(arriving) > self._pool.size:
-            raise ProtocolError(f"{name}: {len(arriving)} experts come to {len(slots)} slots")
+            found = f"{len(arriving)} experts come to {len(slots)} slots"
+            raise ProtocolError(f"{name}: {found}; valid: one to each, {self._pool.size} at most")
         kept = [slot for slot in range(layer.num_slots) if slot not in slots]
         if len(self._wanted) != layer.num_slots or (self._wanted[kept] != layer.held[kept]).any():
             raise ProtocolError(
@@ -79,7 +85,7 @@ class StagedLayer:
         for moves in self._rounds:
             for move in moves:
                 mine = move.source == self._me
-                if mine and not (move.source_slot < layer.num_slots and layer.held[move.source_slot] == move.expert):
+                if mine and not (move.source_slot < layer.num_slots and layer.holds(move.source_slot, move.expert)):
                     raise ProtocolError(f"{name}: slot {move.source_slot} does not hold expert {move.expert}")
 
     # ------------------------------------------------------------------------------------------------------ on its way
@@ -91,7 +97,7 @@ class StagedLayer:
     @property
     def pending(self) -> bool:
         """Whether anything is under way."""
-        return bool(self._coming or self._sends)
+        return bool(self._coming or self._sends or self._outgoing)
 
     @property
     def whole(self) -> bool:
@@ -122,37 +128,53 @@ class StagedLayer:
         if group is None:
             raise ProtocolError(f"an expert goes from rank {move.source} to rank {move.target}, and they have no group")
         if message is not None:
-            self._sends.append(group.isend(message, move.target))
+            self._outgoing.append((move.target, message))
+            self._send(group)
             return
         buffer = self._buffers[move.slot]
         nbytes = part_size(self._pool.buffer(buffer), parts, part)
         pending = group.irecv((nbytes,), torch.uint8, move.source)
-        self._coming.append(_Coming(pending, buffer, part))
+        self._coming.append(_Coming(pending, move.source, buffer, part))
 
-    def poll(self) -> None:
-        """Take in what has come. Raises ProtocolError for an expert that is not the one expected, and PeerLost,
-        EpochAborted."""
+    def _send(self, group: GroupCoordinator) -> None:
+        # Two ranks that each wait until the other one reads would wait for good: what finds no room waits here.
+        while self._outgoing and group.has_room(self._outgoing[0][0]):
+            target, message = self._outgoing.popleft()
+            self._sends.append(group.isend(message, target))
+
+    def poll(self, group: GroupCoordinator | None) -> None:
+        """Send what has found no room yet, take in what has come; waits for nobody. Raises ProtocolError for an expert
+        that is not the one expected, and PeerLost, EpochAborted."""
+        if group is not None:
+            self._send(group)
         self._sends = [send for send in self._sends if not send.look(0.0)]
         left: list[_Coming] = []
+        late: set[int] = set()
         for one in self._coming:
-            if one.pending.look(0.0):
-                message = one.pending.result
-                self.bytes_received += message.nbytes - (8 if one.part == self._parts - 1 else 0)
-                self._arrived(one.buffer, one.part, message)
-            else:
+            # Messages of one rank come in order: behind one that is not there nothing is.
+            if one.source in late or not one.pending.look(0.0):
+                late.add(one.source)
                 left.append(one)
+                continue
+            message = one.pending.result
+            self.bytes_received += message.nbytes - (CANARY_BYTES if one.part == self._parts - 1 else 0)
+            self._arrived(one.buffer, one.part, message)
         self._coming = left
 
     def _arrived(self, buffer: int, part: int, message: Tensor) -> None:
+        if part != self._arrived_parts[buffer]:
+            raise ProtocolError(f"part {part} came where part {self._arrived_parts[buffer]} was expected")
         canary = put_part(self._pool.buffer(buffer), self._parts, part, message)
-        if canary is None:
-            return
-        slot = next(slot for slot, number in self._buffers.items() if number == buffer)
-        expected = canary_of(self.layer.number, int(self._wanted[slot]))
-        if canary != expected:
-            text = f"canary {canary} came for slot {slot} of MoE layer {self.layer.number}; expected {expected}"
-            raise ProtocolError(text)
-        self._pool.canary[buffer] = canary
+        if canary is not None:
+            expected = self._expected(buffer)
+            if canary != expected:
+                where = f"slot {self._slots[buffer]} of MoE layer {self.layer.number}"
+                raise ProtocolError(f"canary {canary} came for {where}; expected {expected}")
+            self._pool.canary[buffer] = canary
+        self._arrived_parts[buffer] += 1
+
+    def _expected(self, buffer: int) -> int:
+        return canary_of(self.layer.number, int(self._wanted[self._slots[buffer]]))
 
     # --------------------------------------------------------------------------------------------------------- commit
 
@@ -161,7 +183,7 @@ class StagedLayer:
         if not self.whole or self.committed or self.dropping:
             raise ProtocolError(f"generation {self.generation} is to be committed and is not whole")
         layer = self.layer
-        for slot, buffer in self._buffers.items():
+        for buffer, slot in enumerate(self._slots):
             layer.moe.experts.use(slot, *self._pool.buffer(buffer))
             layer.moe.experts.load[slot] = 0
             layer.held[slot] = self._wanted[slot]
@@ -191,29 +213,20 @@ class StagedLayer:
     def settle(self) -> None:
         """All that is committed goes home at once."""
         if self.committed:
-            for slot in self._buffers:
+            for slot in self._slots:
                 if slot not in self._home:
                     self._bring_home(slot)
 
     # ---------------------------------------------------------------------------------------------------------- spare
 
-    def spares(self, held_before: I32) -> list[tuple[int, tuple[Tensor, Tensor]]]:
+    def spares(self) -> list[tuple[int, ExpertWeights]]:
         """Whole experts outside of the slots, and their memory, in an order that stays: before the commit those that
-        have come, after it what stood in the slots, as ``held_before`` says."""
-        found: list[tuple[int, tuple[Tensor, Tensor]]] = []
-        for slot, buffer in self._buffers.items():
+        have come, after it what stood in the slots before."""
+        found: list[tuple[int, ExpertWeights]] = []
+        for buffer, slot in enumerate(self._slots):
             if not self.committed:
-                if self._pool.canary[buffer] == canary_of(self.layer.number, int(self._wanted[slot])):
+                if self._arrived_parts[buffer] == self._parts:
                     found.append((int(self._wanted[slot]), self._pool.buffer(buffer)))
-            elif slot not in self._home and held_before[slot] != EMPTY:
-                found.append((int(held_before[slot]), self.layer.row(slot)))
+            elif slot not in self._home and self._held_before[slot] != EMPTY:
+                found.append((int(self._held_before[slot]), self.layer.row(slot)))
         return found
-
-    def release(self) -> None:
-        """The buffers are free."""
-        self._pool.canary[list(self._buffers.values())] = EMPTY
-
-
-def held_of(layer: ExpertLayer) -> I32:
-    """A copy of what the slots hold."""
-    return np.array(layer.held)

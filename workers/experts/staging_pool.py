@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -9,18 +11,18 @@ from drumline.workers.experts.expert_layer import EMPTY, ExpertLayer, ExpertWeig
 
 
 class StagingPool:
-    """``size`` buffers, each for one expert of any layer, all layers being alike. ``canary``: int64 (size,)."""
+    """``size`` buffers, each for one expert of any layer, all layers being alike. ``canary``: int64 (size,), what came
+    with the expert in each; it says nothing of a buffer that is free."""
 
     def __init__(self, size: int, like: ExpertLayer) -> None:
         experts = like.moe.experts
-        self._gate_up = torch.empty(
-            size, *experts.gate_up.shape[1:], dtype=experts.gate_up.dtype, device=experts.gate_up.device
-        )
-        self._down = torch.empty(size, *experts.down.shape[1:], dtype=experts.down.dtype, device=experts.down.device)
+        # Written, because the system hands memory out as it is used: it must be gone when the KV cache is sized.
+        self._gate_up = torch.zeros_like(experts.gate_up[:1]).repeat(size, 1, 1)
+        self._down = torch.zeros_like(experts.down[:1]).repeat(size, 1, 1)
         self.canary = np.full(size, EMPTY, dtype=np.int64)
 
     @classmethod
-    def for_layers(cls, layers: tuple[ExpertLayer, ...]) -> StagingPool | None:
+    def for_layers(cls, layers: Sequence[ExpertLayer]) -> StagingPool | None:
         """One buffer for each slot of the largest layer; None without layers."""
         return cls(max(layer.num_slots for layer in layers), layers[0]) if layers else None
 

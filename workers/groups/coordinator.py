@@ -202,6 +202,13 @@ class GroupCoordinator(GroupMember):
         """
         return self._transfer("dst", dst).isend(t, self.ranks.index(dst))
 
+    def has_room(self, dst: int) -> bool:
+        """Whether :meth:`isend` to ``dst`` returns at once, however long ``dst`` reads nothing.
+
+        Always on CUDA: there the order in which messages of both directions are started must not change.
+        """
+        return self.device.type == "cuda" or self._transfer("dst", dst).has_room(self.ranks.index(dst))
+
     def irecv(self, shape: Sequence[int], dtype: torch.dtype, src: int) -> PendingRecv:
         """Post the receive of what ``src`` sends next; ``wait()`` of the result returns it, on the group's device."""
         return self._transfer("src", src).irecv(shape, dtype, self.ranks.index(src), self.device)

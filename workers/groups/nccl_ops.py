@@ -117,8 +117,8 @@ class _Polled(Pending):
         return bool(self._work.is_completed())
 
     def look(self, slice_s: float) -> bool:
-        """Whether the message is through within a slice of time. Raises PeerLost when it has failed."""
-        failure = poll_slice(self._work)
+        """Whether the message is through within ``slice_s``. Raises PeerLost when it has failed."""
+        failure = poll_slice(self._work, slice_s)
         if failure:
             raise self._watch.error(PeerLost, failure, [self._peer])
         return failure is None
@@ -137,19 +137,19 @@ def _bury(remains: list[Any]) -> None:
     remains.clear()
 
 
-def poll_slice(work: Any) -> str | None:
-    """None when ``work`` is done, "" when a slice of time has passed and it is not, else why it failed.
+def poll_slice(work: Any, slice_s: float = SLICE_S) -> str | None:
+    """None when ``work`` is done, "" when ``slice_s`` have passed and it is not, else why it failed.
 
     A host that blocks in NCCL's own wait cannot look at the abort flag. An operation that has failed is completed too:
     only the wait tells, which orders the streams and, with ``TORCH_NCCL_BLOCKING_WAIT``, raises.
     """
-    end = time.monotonic() + SLICE_S
-    while time.monotonic() < end:
-        if work.is_completed():
-            try:
-                work.wait()
-            except RuntimeError as error:
-                return str(error)
-            return None
+    end = time.monotonic() + slice_s
+    while not work.is_completed():
+        if time.monotonic() >= end:
+            return ""
         time.sleep(_POLL_S)
-    return ""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        return str(error)
+    return None

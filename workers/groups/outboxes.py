@@ -117,9 +117,7 @@ class Outboxes:
 
     def isend(self, data: Tensor, dst: int) -> MemorySend:
         """Send flat bytes to position ``dst``."""
-        outbox = self._out.get(dst)
-        if outbox is None:
-            outbox = self._out[dst] = _Outbox(self._boxes.boxes[self._boxes.position], dst)
+        outbox = self._to(dst)
         number, length = outbox.written.value + 1, len(data)
         self._wait_for_slot(outbox, dst, number - OUTBOX_SLOTS)
         fd = _IN_SLOT
@@ -151,7 +149,7 @@ class Outboxes:
         """Whether the next message of position ``src`` is there within ``slice_s``; it has been read then."""
         outbox = self._in[src]
         number = outbox.read.value + 1
-        if outbox.written.value < number and not outbox.written.wait(number, slice_s, lambda: self._boxes.gone(src)):
+        if not self._written(outbox, number, slice_s, src):
             gone = self._boxes.check_peer(src)
             if not gone or outbox.written.value >= number:
                 return False
@@ -167,6 +165,22 @@ class Outboxes:
             self._read_large(outbox, fd, data, src)
         outbox.read.raise_to(number)
         return True
+
+    def _written(self, outbox: _Outbox, number: int, slice_s: float, src: int) -> bool:
+        if outbox.written.value >= number or slice_s <= 0.0:  # who only looks does not spin
+            return outbox.written.value >= number
+        return outbox.written.wait(number, slice_s, lambda: self._boxes.gone(src))
+
+    def has_room(self, dst: int) -> bool:
+        """Whether :meth:`isend` to ``dst`` waits for nobody."""
+        outbox = self._to(dst)
+        return outbox.read.value > outbox.written.value - OUTBOX_SLOTS
+
+    def _to(self, dst: int) -> _Outbox:
+        outbox = self._out.get(dst)
+        if outbox is None:
+            outbox = self._out[dst] = _Outbox(self._boxes.boxes[self._boxes.position], dst)
+        return outbox
 
     def _wait_for_slot(self, outbox: _Outbox, dst: int, number: int) -> None:
         """Return when message ``number`` has been read."""

@@ -61,6 +61,13 @@ class PendingRecv(Pending):
 S = TypeVar("S", bound=PendingSend)
 
 
+def has_room(sends: deque[S]) -> bool:
+    """Whether :func:`make_room` waits for nothing. Errors: those of sends that have failed."""
+    while sends and sends[0].done:
+        sends.popleft().wait()
+    return len(sends) < MAX_UNFINISHED_SENDS
+
+
 def make_room(sends: deque[S]) -> None:
     """Wait for the oldest send while ``MAX_UNFINISHED_SENDS`` are unfinished. Errors: those of its wait."""
     while sends and (sends[0].done or len(sends) >= MAX_UNFINISHED_SENDS):

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from drumline.workers.groups.pending import Pending, PendingRecv, PendingSend, make_room
+from drumline.workers.groups.pending import Pending, PendingRecv, PendingSend, has_room, make_room
 from drumline.workers.groups.watch import PeerLost, Watch
 
 BARRIER_TAG = 1
@@ -80,6 +80,10 @@ class PointToPoint:
     def make_room(self) -> None:
         """See the function of that name."""
         make_room(self._sends)
+
+    def has_room(self) -> bool:
+        """See the function of that name."""
+        return has_room(self._sends)
 
     def sent(self, work: Any, data: Tensor, peer: int, tag: int) -> SocketSend:
         """Take over a send that has been started."""

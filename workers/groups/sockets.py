@@ -92,6 +92,10 @@ class Sockets:
         except RuntimeError as error:  # the connection is known to be gone
             raise self._watch.error(PeerLost, first_line(error), [dst]) from None
 
+    def has_room(self, dst: int) -> bool:
+        """Whether :meth:`isend` waits for nobody."""
+        return self._pairs.has_room()
+
     def irecv(self, data: torch.Tensor, src: int, tag: int = 0) -> SocketRecv:
         """Start to receive flat bytes from position ``src``."""
         try:

@@ -35,6 +35,10 @@ class Transfers:
             return self._nccl.isend(flat, peer)
         return self._carrier.isend(flat.view(torch.uint8), peer)
 
+    def has_room(self, peer: int) -> bool:
+        """Whether :meth:`isend` of what is on the CPU waits for nobody."""
+        return self._carrier.has_room(peer)
+
     def irecv(self, shape: Sequence[int], dtype: torch.dtype, peer: int, device: torch.device) -> PendingRecv:
         """Post the receive of a tensor of that shape and dtype."""
         self._watch.check()

@@ -18,6 +18,10 @@ from drumline.protocol.messages import I32, CancelStage, I32Matrix, Shuffle, Sta
 from drumline.protocol.rounds import pair_rounds
 
 
+MOST_PARTS = 8
+"""Beside one step. A rank holds up to 64 messages of another unread, and several steps are in flight."""
+
+
 @dataclass(frozen=True, slots=True)
 class ToRank:
     """Send ``message`` to ``rank``."""
@@ -43,7 +47,8 @@ class Pace:
     @property
     def parts_per_step(self) -> int:
         """How many a rank may send, and receive, beside one step."""
-        return max(1, self.bytes_per_step * self.parts // max(self.expert_bytes, 1))
+        within = self.bytes_per_step * self.parts // max(self.expert_bytes, 1)
+        return max(1, min(within, MOST_PARTS))
 
     @property
     def rounds_per_step(self) -> int:

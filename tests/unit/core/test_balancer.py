@@ -235,3 +235,4 @@ def test_the_pace_keeps_to_the_bytes_of_a_step() -> None:
     assert (Pace(100, 99, 1.0).parts, Pace(100, 99, 1.0).parts_per_step) == (2, 1)
     assert (Pace(100, 350, 1.0).parts, Pace(100, 350, 1.0).parts_per_step) == (1, 3)
     assert (Pace(100, 1, 1.0).parts, Pace(100, 1, 1.0).rounds_per_step) == (100, 1)
+    assert (Pace(100, 9000, 1.0).parts_per_step, Pace(100, 9000, 1.0).rounds_per_step) == (8, 90)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from drumline.engine.config import EngineConfig, EPLBConfig, ParallelConfig
+from drumline.engine.core.balance.measure import balancedness
 from drumline.engine.expert_records import LoadRecord, save_load_record, save_placements
+from drumline.engine.first_placement import with_own_file
 from drumline.engine.resolve import ResolvedConfig, resolve
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.layout import slots_per_rank
@@ -93,6 +95,19 @@ def test_a_placement_that_the_model_cannot_have_is_refused(
     assert str(path) in refused.value.text
 
 
+def test_what_was_started_with_is_found_again_when_the_users_file_is_gone(tmp_path: Path) -> None:
+    path, folder = tmp_path / "p.json", tmp_path / "own"
+    folder.mkdir()
+    path.write_text(json.dumps({"physical_to_logical": SWAPPED.tolist()}))
+    first = resolved(path)
+    config = with_own_file(first.config, first.placements[0], str(folder))
+    path.unlink()
+    np.testing.assert_array_equal(resolve(config).placements[0], SWAPPED)
+    assert resolve(config).digest == first.digest
+    plain = resolved()
+    assert with_own_file(plain.config, plain.placements[0], str(folder)) is plain.config
+
+
 def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match=r"no such file.*none\.npz"):
         resolved(tmp_path / "none.npz")
@@ -106,13 +121,15 @@ def saved_load(folder: Path, tokens: np.ndarray[Any, Any]) -> Path:
 
 def test_a_recorded_load_is_planned_for(tmp_path: Path) -> None:
     tokens = np.ones((2, LAYERS, EXPERTS))
-    tokens[:, :, [3, 7, 11]] = 50.0
+    tokens[:, :, [3, 5, 7, 9]] = 50.0
     placement = started_with(saved_load(tmp_path, tokens))
+    slot_rank = np.repeat([0, 1], [10, 9]).astype(np.int32)
+    assert placement.shape == (LAYERS, SLOTS)
+    assert balancedness(tokens[0], FIRST, slot_rank).max() < 0.75
+    assert balancedness(tokens[0], placement, slot_rank).min() > 0.95
     for row in placement:
-        copies = np.bincount(row, minlength=EXPERTS)
-        assert copies[[3, 7, 11]].tolist() == [2, 2, 2]
-        assert (len(row), copies.min()) == (SLOTS, 1)
-        assert len(set(row[:10].tolist())) == 10
+        assert np.bincount(row, minlength=EXPERTS).min() == 1
+        assert (len(set(row[:10].tolist())), len(set(row[10:].tolist()))) == (10, 9)
 
 
 def test_a_load_of_another_model_is_refused(tmp_path: Path) -> None:

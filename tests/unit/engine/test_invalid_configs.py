@@ -159,6 +159,7 @@ CASES = [
     with_model("enable_expert_parallel", False, DENSE, data_parallel_size=2, **EP),
     with_model("num_redundant_experts", 16, **EPLB, data_parallel_size=2, num_redundant_experts=17),
     with_model("num_redundant_experts", 0, **EPLB, num_redundant_experts=1),
+    with_model("num_redundant_experts", 4, **EPLB, data_parallel_size=4, num_redundant_experts=3, policy="global"),
     with_model("max_model_len", 1024, max_model_len=1025),
     with_model("data_parallel_master_port", 65534, DENSE, data_parallel_size=2, data_parallel_master_port=65535),
     with_model(

@@ -255,6 +255,30 @@ def test_ranks_that_stay_get_all_experts_before_the_others_go() -> None:
         world.states[0].rearrange(world.models[0], global_expert_load=torch.ones(1), rank_mapping={0: 0})
 
 
+def test_ranks_may_have_different_numbers_of_slots_where_the_policy_can_plan_them() -> None:
+    first, other = placement(INITIAL), placement([2, 3, 4, 5, 1, 0, 2, 2])
+    asked: list[Any] = []
+
+    def policy(weight: Any, *numbers: int) -> tuple[Any, Any, Any]:
+        asked.append(weight.tolist())
+        return other, None, None
+
+    group, shares = ThreadGroup(range(2)), (slice(0, 5), slice(5, 8))
+    models = [Model(first[:, share], SLOTS, EXPERTS) for share in shares]
+
+    def run(rank: int) -> None:
+        settings = Parallel(Settings(2, 2, 4))
+        member = group.member(rank)
+        state = EplbState.build(models[rank], CPU, settings, ep_group=member, slots=(5, 3), policy=policy)
+        state.expert_load_pass += 1 + rank
+        state.step(models[rank])
+
+    on_each(range(2), run)
+    assert asked[2:] == [[[3, 3, 1, 1, 1, 2]]] * 2
+    for model, share in zip(models, shares, strict=True):
+        check_held(model.expert_weights, other[:, share])
+
+
 def test_nodes_that_do_not_divide_the_ranks_are_planned_as_one(caplog: pytest.LogCaptureFixture) -> None:
     asked = []
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drumline.engine import EPLBConfig, ParallelConfig
 from drumline.engine.core.fetches import fetches
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.messages import I32, I32Matrix
@@ -20,7 +21,6 @@ from tests.checkpoints import Checkpoints
 from tests.parity.rows import Stream
 from tests.parity.stepdriver import StepDriver
 from tests.parity.threadworld import ThreadWorld, on_each
-from tests.unit.workers.balanced import Parallel, Settings
 
 CPU = torch.device("cpu")
 EP2: dict[str, Any] = {"data_parallel_size": 2, "enable_expert_parallel": True}
@@ -59,7 +59,8 @@ def computed(driver: StepDriver, seeds: tuple[int, ...]) -> list[list[Stream]]:
 
 def build(world: RedundantWorld) -> dict[int, EplbState]:
     states: dict[int, EplbState] = {}
-    parallel = Parallel(Settings(2, 4, 4))
+    balance = EPLBConfig(window_size=4, step_interval=4, num_redundant_experts=2)
+    parallel = ParallelConfig(**EP2, enable_eplb=True, eplb_config=balance)
 
     def on(rank: int) -> None:
         model = world.runners[rank].model

@@ -1,0 +1,89 @@
+"""What load to plan for, out of several snapshots, and how far off that may be.
+
+The snapshots of each layer are taken for a random walk seen through noise. How much of either there is shows in how
+their difference grows with the time between them (a variogram; Cressie, Statistics for Spatial Data, 1993): noise makes
+it as large between neighbours as over all the time, a walk makes it grow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from drumline.engine.core.balance.measure import F64, copies, rank_loads
+from drumline.protocol.messages import I32, I32Matrix
+
+CHANCE = 0.05
+"""The share of itself by which an expert's load that was seen once may be off."""
+NOISE = 0.06
+"""Differences between snapshots as this much noise makes are noise, in whichever order they come."""
+JUMP = 3.0
+"""The newest snapshot is so many times further from the one before than those before it were: all is different now."""
+NEWEST = 0.6
+"""Where the newest snapshot would count for more than this, it counts alone."""
+FALSE_ALARMS = 0.05
+"""Plans in which chance alone makes some layer look uneven."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forecast:
+    """``load``: float64 (layers, experts). ``off``: the standard error of each expert's as a share of it. ``once``:
+    seen in one snapshot only, so that ``off`` is assumed."""
+
+    load: F64
+    off: float
+    once: bool
+
+
+def forecast(snapshots: F64) -> Forecast:
+    """From float64 (snapshots, layers, experts), the oldest first, one or more."""
+    total = snapshots.sum(axis=2)
+    seen = snapshots[(total > 0).any(axis=1)]
+    if len(seen) < 2:
+        return Forecast(seen[0] if len(seen) else snapshots[-1], CHANCE, True)
+    # By shares: how much is going on does not matter, and a layer without load says nothing.
+    scale = np.where(total > 0, total, 1.0)[(total > 0).any(axis=1)]
+    shares = seen / scale[:, :, None]
+    weights, noise = _weights(shares)
+    off = float(np.sqrt(max(noise, 0.0) * (weights**2).sum()))
+    return Forecast(np.einsum("t,tle->le", weights, shares) * scale.mean(axis=0)[:, None], off, False)
+
+
+def _weights(shares: F64) -> tuple[F64, float]:
+    """(snapshots,) of each snapshot, and the variance of one, relative to its square."""
+    times = len(shares)
+    size = float((shares**2).sum()) / times
+    steps = ((shares[1:] - shares[:-1]) ** 2).sum(axis=(1, 2)) / size
+    apart = [float(((shares[lag:] - shares[:-lag]) ** 2).sum()) / (times - lag) / size for lag in range(1, times)]
+    even, newest = np.full(times, 1.0 / times), np.zeros(times)
+    newest[-1] = 1.0
+    floor = 2 * NOISE**2
+    if max(apart) <= floor:
+        return even, float(np.mean(apart)) / 2
+    before = float(steps[:-1].mean()) if times > 2 else 0.0
+    if steps[-1] > JUMP * max(before, floor):
+        return newest, before / 2
+    walk = max(apart[1] - apart[0], 0.0) if times > 2 else max(apart[0] - floor, 0.0)
+    noise = max(apart[0] - walk, 0.0) / 2
+    # The steady gain of a Kalman filter for a random walk with noise.
+    spread = (walk + np.sqrt(walk**2 + 4 * walk * noise)) / 2
+    gain = spread / (spread + noise) if spread + noise > 0 else 1.0
+    if gain > NEWEST:
+        return newest, noise
+    decaying = (1.0 - gain) ** np.arange(times - 1, -1, -1)
+    return decaying / decaying.sum(), noise
+
+
+def uneven(seen: Forecast, placement: I32Matrix, slot_rank: I32) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """(layers,): where some rank has more load than chance would give it if all were even. Arguments as of
+    :func:`~drumline.engine.core.balance.measure.rank_loads`."""
+    own = np.unique(slot_rank[slot_rank >= 0])
+    loads = rank_loads(seen.load, placement, slot_rank)[:, own]
+    counts = np.maximum(copies(placement, seen.load.shape[1], slot_rank >= 0), 1.0)
+    variance = rank_loads((seen.off * seen.load) ** 2 / counts, placement, slot_rank)[:, own]
+    excess = loads - loads.mean(axis=1, keepdims=True)
+    limit = NormalDist().inv_cdf(1.0 - FALSE_ALARMS / max(loads.size, 2))
+    slack = np.maximum(limit * np.sqrt(variance), 1e-6 * loads.mean(axis=1, keepdims=True))
+    return np.asarray((excess > slack).any(axis=1))

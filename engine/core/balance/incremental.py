@@ -1,0 +1,94 @@
+"""The policy ``incremental``: from the placement that stands to a better one, over as few slots as that takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from drumline.engine.core.balance.forecast import Forecast, uneven
+from drumline.engine.core.balance.grid import Bool, F32, Grid, Index
+from drumline.engine.core.balance.repair import repair
+from drumline.engine.core.balance.replicas import share_copies
+from drumline.engine.core.balance.spend import spend
+from drumline.engine.core.balance.swaps import swap_once
+from drumline.protocol.messages import I32, I32Matrix
+
+ROUNDS = 24
+"""Rounds of swaps at most."""
+PATIENCE = 4
+"""Rounds without a better balance after which a layer is left as it is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Limits:
+    """``most``: slots that may get another expert, over all layers. ``gain``: balancedness by which a layer must rise to
+    be changed."""
+
+    most: int
+    gain: float
+
+
+def improve(standing: I32Matrix, seen: Forecast, slots: I32, nodes: I32, limits: Limits) -> I32Matrix:
+    """The better placement, int32 (layers, slots), or ``standing`` itself where nothing is worth it.
+
+    ``standing``: of the live ranks, which have ``slots`` (ranks,), from 1, on ``nodes`` (ranks,), numbers from 0. What
+    must be (every expert somewhere, none twice on a rank) is done whatever the limits say. An expert that stays on its
+    rank may come to another slot.
+    """
+    slot_rank = np.repeat(np.arange(len(slots), dtype=np.int32), slots)
+    repaired = repair(standing, seen.load, slot_rank, nodes)
+    grid = Grid(repaired, seen.load, slots, nodes)
+    must = ((repaired != standing) & (repaired >= 0)).sum(axis=1)
+    rows = np.flatnonzero(uneven(seen, repaired, slot_rank))
+    search = _Search(grid, rows, max(limits.most - int(must.sum()), 0))
+    search.run()
+    state = search.spend(limits, whole=seen.once)
+    placement = grid.placement(state)
+    return np.where(placement < 0, standing, placement)
+
+
+class _Search:
+    """States of the layers as they get better, and what each costs."""
+
+    def __init__(self, grid: Grid, rows: Index, most: int) -> None:
+        self._grid, self._rows, self._most = grid, rows, most
+        self._start = grid.expert.copy()
+        self._states: list[I32] = []
+        self._changed: list[Index] = []
+        self._balance: list[F32] = []
+
+    def run(self) -> None:
+        grid = self._grid
+        budget = np.full(len(grid.expert), self._most, dtype=np.int64)
+        changed = self._record()
+        share_copies(grid, self._rows, budget, self._record)
+        rows, best, since = self._rows, np.zeros(len(budget), dtype=np.float32), np.zeros(len(budget), dtype=np.int64)
+        for turn in range(ROUNDS):
+            changed = self._record()
+            better = self._balance[-1] > best + np.float32(1e-5)
+            best = np.maximum(best, self._balance[-1])
+            since = np.where(better, 0, since + 1)
+            rows = rows[(since[rows] < PATIENCE) & (changed[rows] + 2 <= budget[rows])]
+            rows = swap_once(grid, rows, turn, (budget - changed) // 2)
+            if not len(rows):
+                break
+        self._record()
+
+    def _record(self) -> Index:
+        """Returns (layers,): how many places have another expert than at the start."""
+        changed: Index = (self._grid.expert != self._start).sum(axis=(1, 2))
+        self._states.append(self._grid.expert.copy())
+        self._changed.append(changed)
+        self._balance.append(self._grid.balancedness())
+        return changed
+
+    def spend(self, limits: Limits, whole: bool) -> I32:
+        """The state of each layer to be had within the limits. ``whole``: the last one, or the first."""
+        balance, changed = np.stack(self._balance, axis=1), np.stack(self._changed, axis=1)
+        allowed: Bool = balance >= balance[:, :1] + limits.gain
+        if whole:
+            allowed[:, :-1] = False
+        allowed[:, 0] = True
+        chosen = spend(balance, changed, allowed, self._most)
+        return np.stack(self._states, axis=1)[np.arange(len(chosen)), chosen]

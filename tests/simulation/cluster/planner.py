@@ -95,7 +95,7 @@ class SimPlanner:
         group, balance = membership.groups[0], self._host.coordination.balance
         if balance is None or group.refit is None or balance.placement.shape != group.refit.placement.shape:
             return None
-        if self._chance.random() < 0.05:
+        if self._chance.random() < self._host.cluster.shape.plan_trouble / 4:
             return np.ascontiguousarray(balance.placement[:, 1:])
         return random_placement(balance.placement, group.refit.slots, self._chance)
 
@@ -110,6 +110,7 @@ class SimPlanner:
             if caller not in self.unanswered:
                 raise RuleBrokenError(f"caller {caller} is answered twice: {report}")
             self.unanswered.discard(caller)
+            self._clock.seen["asked_" + report.outcome] += 1
         if report.outcome != "moved" or balance is None:
             return
         plan = self._newest

@@ -26,8 +26,9 @@ class Shape:
 
     ``growth_bytes``: how much memory each rank may take for experts of lost ranks, ``None``: as the engine chooses.
     ``redundant``: expert slots of a layer beyond one of each. ``balance``: how experts move, None: not at all;
-    ``transfer_s``: how long a part of one takes, ``plan_s``: how long a plan,
-    ``plan_trouble``: the chance that none comes of it, or late. ``silent_deaths``: the chance that nobody tells of a process that ended. ``kill_s``: how long a kill takes.
+    ``transfer_s``: how long a part of one takes, ``plan_s``: how long a plan, ``plan_trouble``: the chance that none
+    comes of it, or late. ``silent_deaths``: the chance that nobody tells of a process that ended. ``kill_s``: how long
+    a kill takes.
     """
 
     layout: Layout

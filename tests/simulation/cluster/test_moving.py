@@ -10,7 +10,7 @@ import pytest
 from tests.simulation.cluster.day import run_schedule
 from tests.simulation.cluster.moving import make_moving_schedule
 
-BATCH = 44
+BATCH = 38
 BATCHES = 5
 PLANS = 200
 """Carried out, or begun, in each batch."""

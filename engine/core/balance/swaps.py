@@ -6,19 +6,24 @@ import numpy as np
 
 from drumline.engine.core.balance.grid import F32, Bool, Grid, Index
 
-EVEN = 0.003
+EVEN = 0.0025
 """A rank that takes this share more than the mean is left as it is."""
+BUSY = 0.5
+"""A rank is busy if it takes this share of what the busiest takes above the mean."""
 LEAST = 0.0005
 """A swap takes this share of the mean off the busier rank, or is not worth it."""
-FAR = 0.02
+FAR = 0.3
 """A swap within a node may leave the busier rank with this share of the mean more than one between nodes would."""
 
 
-def swap_once(grid: Grid, rows: Index, turn: int, budget: Index) -> Index:
+def swap_once(grid: Grid, rows: Index, turn: int, budget: Index, stalled: Bool) -> Index:
     """One swap at most for each rank of layers ``rows``, and ``budget`` (layers,) swaps in each. ``turn``: which
-    partners each busy rank has, a number that goes up by one. Returns the layers that still have a busy rank."""
-    load, bound = grid.load[rows], grid.mean[rows] * np.float32(1 + EVEN)
-    busy = np.minimum((load > bound[:, None]).sum(axis=1), grid.num_ranks // 2)
+    partners each busy rank has, a number that goes up by one. ``stalled`` (layers,): where only the busiest rank has
+    partners, all others. Returns the layers that still have a busy rank."""
+    load, mean = grid.load[rows], grid.mean[rows]
+    bound = np.maximum(mean * np.float32(EVEN), (load.max(axis=1) - mean) * np.float32(BUSY))
+    busy = np.minimum((load - mean[:, None] > bound[:, None]).sum(axis=1), grid.num_ranks // 2)
+    busy = np.where(stalled[rows], np.minimum(busy, 1), busy)
     rows, load, busy = rows[busy > 0], load[busy > 0], busy[busy > 0]
     if len(rows):
         _Swap(grid, rows, load, busy, turn).make(budget)
@@ -47,7 +52,10 @@ class _Swap:
         most, place, other = self._best_places()
         far = grid.nodes[self._busy] != grid.nodes[self._partner]
         worth = self._real & (most < grid.load[rows, self._busy] - LEAST * self._mean)
-        cost = np.maximum(most, self._mean * np.float32(1 + EVEN)) + np.where(far, FAR * self._mean, np.float32(0))
+        high, low = grid.load[rows, self._busy] / self._mean, grid.load[rows, self._partner] / self._mean
+        off, half = most / self._mean - (high + low) / 2, (high - low) / 2
+        # By how much the squares of the loads fall.
+        cost = off**2 - half**2 + np.where(far, np.float32(FAR), np.float32(0)) * half**2
         layer, pair = self._choose(np.where(worth, cost, np.float32(np.inf)), budget)
         at = (layer, pair)
         chosen = rows[layer, 0]

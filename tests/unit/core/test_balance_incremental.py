@@ -13,7 +13,7 @@ from drumline.engine.core.balance.plan import PlacementPlan, PlanRequest
 from drumline.engine.core.balance.policies import make_plan
 from tests.unit.core.balance_requests import carry_out, held, repairs, requests, slot_rank
 
-EXAMPLES = settings(max_examples=120, deadline=None)
+EXAMPLES = settings(max_examples=80, deadline=None)
 
 
 def _plan(request: PlanRequest) -> PlacementPlan | None:

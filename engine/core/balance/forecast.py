@@ -62,9 +62,9 @@ def _weights(shares: F64) -> tuple[F64, float]:
     floor = 2 * NOISE**2
     if max(apart) <= floor:
         return even, float(np.mean(apart)) / 2
-    before = float(steps[:-1].mean()) if times > 2 else 0.0
+    before = float(np.median(steps[:-1])) if times > 2 else 0.0
     if steps[-1] > JUMP * max(before, floor):
-        return newest, before / 2
+        return newest, min(before, floor) / 2
     walk = _growth(np.asarray(apart)) if times > 2 else max(apart[0] - floor, 0.0)
     noise = max(apart[0] - walk, 0.0) / 2
     # The steady gain of a Kalman filter for a random walk with noise.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from drumline.engine.core.balance.forecast import Forecast, uneven
-from drumline.engine.core.balance.grid import Bool, F32, Grid, Index
+from drumline.engine.core.balance.grid import F32, Bool, Grid, Index
 from drumline.engine.core.balance.repair import repair
 from drumline.engine.core.balance.replicas import share_copies
 from drumline.engine.core.balance.spend import spend
@@ -19,14 +19,16 @@ ROUNDS = 40
 PATIENCE = 2
 """Rounds without a better balance after which a layer is left as it is."""
 
+WITH_OTHERS = 0.2
+"""Where all layers together gain what is asked, one may gain so much less."""
 NEAR = 0.002
 """A layer may end so far below the best balancedness that was found for it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Limits:
-    """``most``: slots that may get another expert, over all layers. ``gain``: balancedness by which a layer must rise to
-    be changed."""
+    """``most``: slots that may get another expert, over all layers. ``gain``: balancedness by which the mean of the
+    layers, or else a layer by itself, must rise to be changed."""
 
     most: int
     gain: float
@@ -101,7 +103,9 @@ class _Search:
         short = balance.max(axis=1, keepdims=True) - balance
         # What is left of a layer must be so much that a later plan goes on with it.
         allowed: Bool = (short <= NEAR) | ((short >= 2 * limits.gain) & (not whole))
-        allowed &= balance >= balance[:, :1] + limits.gain
+        gain = balance - balance[:, :1]
+        enough = limits.gain * (WITH_OTHERS if gain.max(axis=1).mean() >= limits.gain else 1.0)
+        allowed &= gain >= enough
         allowed[:, 0] = True
         chosen = spend(balance, changed, allowed, self._most)
         return np.stack(self._states, axis=1)[np.arange(len(chosen)), chosen]

@@ -11,7 +11,7 @@ from drumline.protocol.messages import I32
 
 HEAVY = 0.3
 """Copies that take more than this share of the mean rank's load are worth dividing; lighter ones can be packed."""
-WORTH = 0.8
+WORTH = 0.97
 """The expert that gives a copy has copies lighter than this share of the heaviest, also after."""
 CROWDED = 1.1
 """A rank that would take more than this times the mean is no place for a new copy; another expert makes room."""
@@ -43,7 +43,8 @@ def share_copies(grid: Grid, rows: Index, budget: Index, note: Callable[[bool], 
 
 def _targets(grid: Grid, rows: Index) -> I32:
     """int32 (rows, experts + 1): how many copies each expert should have; as many in all as there are."""
-    copies, demand = grid.copies[rows], grid.demand[rows]
+    copies: I32 = grid.copies[rows]
+    demand = grid.demand[rows]
     heaviest = np.where(copies < grid.num_ranks, grid.each[rows], np.float32(0))
     heaviest[:, -1] = 0
     loss = np.where(copies > 1, demand / np.maximum(copies - 1, 1).astype(np.float32), np.float32(np.inf))

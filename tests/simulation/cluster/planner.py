@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from drumline.engine.core.balance.plan import PlacementPlan, PlanRequest
+from drumline.engine.core.balance.policies import make_plan
 from drumline.engine.core.decisions import Rebalanced
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.messages import I32Matrix
@@ -48,7 +49,7 @@ class SimPlanner:
         if trouble == "error":
             answer = PlacementPlan(request.number, request.placement, error="the planner has died")
         else:
-            answer = random_plan(request, self._chance)
+            answer = make_plan(request, lambda: 0.0) if shape.real_plans else random_plan(request, self._chance)
         late = 30.0 if trouble == "late" else 1.0
         self._clock.soon(shape.plan_s * late, partial(self._host.act, partial(self._planned, answer)))
 

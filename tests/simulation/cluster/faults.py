@@ -34,7 +34,7 @@ class RankFault:
 
 class Faults:
     """``poison`` and ``not_finite``: seeds of requests that kill ranks, or whose numbers are not finite.
-    ``from_inside``: faults that look as if a request had caused them."""
+    ``from_inside``: faults that look as if a request had caused them, those that tampered messages cause too."""
 
     def __init__(self, clock: Clock, kill_coordinator: Callable[[], None]) -> None:
         self._clock = clock

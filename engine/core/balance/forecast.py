@@ -19,8 +19,6 @@ CHANCE = 0.05
 """The share of itself by which an expert's load that was seen once may be off."""
 NOISE = 0.06
 """Differences between snapshots as this much noise makes are noise, in whichever order they come."""
-JUMP = 3.0
-"""The newest snapshot is so many times further from the one before than those before it were: all is different now."""
 NEWEST = 0.5
 """Where the newest snapshot would count for more than this, it counts alone."""
 FALSE_ALARMS = 0.05
@@ -55,16 +53,12 @@ def _weights(shares: F64) -> tuple[F64, float]:
     """(snapshots,) of each snapshot, and the variance of one, relative to its square."""
     times = len(shares)
     size = float((shares**2).sum()) / times
-    steps = ((shares[1:] - shares[:-1]) ** 2).sum(axis=(1, 2)) / size
     apart = [float(((shares[lag:] - shares[:-lag]) ** 2).sum()) / (times - lag) / size for lag in range(1, times)]
     even, newest = np.full(times, 1.0 / times), np.zeros(times)
     newest[-1] = 1.0
     floor = 2 * NOISE**2
     if max(apart) <= floor:
         return even, float(np.mean(apart)) / 2
-    before = float(np.median(steps[:-1])) if times > 2 else 0.0
-    if steps[-1] > JUMP * max(before, floor):
-        return newest, min(before, floor) / 2
     walk = _growth(np.asarray(apart)) if times > 2 else max(apart[0] - floor, 0.0)
     noise = max(apart[0] - walk, 0.0) / 2
     # The steady gain of a Kalman filter for a random walk with noise.

@@ -21,6 +21,8 @@ NOISE = 0.06
 """Differences between snapshots as this much noise makes are noise, in whichever order they come."""
 NEWEST = 0.5
 """Where the newest snapshot would count for more than this, it counts alone."""
+SPREAD = 0.25
+"""So many standard deviations count. Measured: a quarter serves the next load best, 1 no better than none."""
 FALSE_ALARMS = 0.05
 """Plans in which chance alone makes some layer look uneven."""
 
@@ -28,11 +30,18 @@ FALSE_ALARMS = 0.05
 @dataclass(frozen=True, slots=True, eq=False)
 class Forecast:
     """``load``: float64 (layers, experts). ``off``: the standard error of each expert's as a share of it. ``once``:
-    seen in one snapshot only, so that ``off`` is assumed."""
+    seen in one snapshot only, so that ``off`` is assumed. ``swing``: float64 (layers, experts), the standard deviation
+    between the snapshots that count."""
 
     load: F64
     off: float
     once: bool
+    swing: F64
+
+    @property
+    def demand(self) -> F64:
+        """What to balance: experts whose load swings count for somewhat more than its mean."""
+        return self.load + SPREAD * self.swing
 
 
 def forecast(snapshots: F64) -> Forecast:
@@ -40,13 +49,17 @@ def forecast(snapshots: F64) -> Forecast:
     total = snapshots.sum(axis=2)
     seen = snapshots[(total > 0).any(axis=1)]
     if len(seen) < 2:
-        return Forecast(seen[0] if len(seen) else snapshots[-1], CHANCE, True)
+        load = seen[0] if len(seen) else snapshots[-1]
+        return Forecast(load, CHANCE, True, np.zeros_like(load))
     # By shares: how much is going on does not matter, and a layer without load says nothing.
     scale = np.where(total > 0, total, 1.0)[(total > 0).any(axis=1)]
     shares = seen / scale[:, :, None]
     weights, noise = _weights(shares)
     off = float(np.sqrt(max(noise, 0.0) * (weights**2).sum()))
-    return Forecast(np.einsum("t,tle->le", weights, shares) * scale.mean(axis=0)[:, None], off, False)
+    mean = np.einsum("t,tle->le", weights, shares)
+    swing = np.sqrt(np.einsum("t,tle->le", weights, (shares - mean) ** 2))
+    size = scale.mean(axis=0)[:, None]
+    return Forecast(mean * size, off, False, swing * size)
 
 
 def _weights(shares: F64) -> tuple[F64, float]:

@@ -36,6 +36,14 @@ def test_noise_is_averaged_out(sigma: float) -> None:
     assert seen.off == pytest.approx(sigma / np.sqrt(8), rel=0.3)
 
 
+def test_experts_whose_load_swings_count_for_more() -> None:
+    loads = np.repeat(_base()[None], 4, axis=0)
+    loads[::2, :, :2] += [0.02, -0.02]
+    seen = forecast(loads)
+    assert (seen.demand[:, :2] > seen.load[:, :2]).all()
+    assert seen.demand[:, 2:] == pytest.approx(seen.load[:, 2:])
+
+
 def test_of_a_load_that_drifts_the_newest_counts() -> None:
     loads = [_base()]
     for seed in range(1, 6):

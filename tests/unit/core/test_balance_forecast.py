@@ -36,6 +36,14 @@ def test_noise_is_averaged_out(sigma: float) -> None:
     assert seen.off == pytest.approx(sigma / np.sqrt(8), rel=0.3)
 
 
+def test_experts_whose_load_swings_count_for_more() -> None:
+    loads = np.repeat(_base()[None], 4, axis=0)
+    loads[::2, :, :2] += [0.02, -0.02]
+    seen = forecast(loads)
+    assert (seen.demand[:, :2] > seen.load[:, :2]).all()
+    assert seen.demand[:, 2:] == pytest.approx(seen.load[:, 2:])
+
+
 def test_of_a_load_that_drifts_the_newest_counts() -> None:
     loads = [_base()]
     for seed in range(1, 6):
@@ -53,6 +61,25 @@ def test_of_a_load_that_has_jumped_the_newest_counts() -> None:
     assert shares[0] == pytest.approx(shares[1])
 
 
+def test_of_a_load_that_goes_further_than_it_shakes_the_newest_counts() -> None:
+    random, walk = np.random.default_rng(2), [_base()]
+    for _ in range(7):
+        walk.append(walk[-1] * (1.0 + 0.1 * random.standard_normal((4, 64))))
+    loads = np.stack(walk) * (1.0 + 0.05 * random.standard_normal((8, 4, 64)))
+    shares = [load / load.sum(axis=1, keepdims=True) for load in (forecast(loads).load, loads[-1])]
+    assert shares[0] == pytest.approx(shares[1])
+
+
+def test_of_a_load_that_shakes_more_than_it_goes_newer_ones_count_more() -> None:
+    random, walk = np.random.default_rng(2), [_base()]
+    for _ in range(7):
+        walk.append(walk[-1] * (1.0 + 0.05 * random.standard_normal((4, 64))))
+    loads = np.stack(walk) * (1.0 + 0.15 * random.standard_normal((8, 4, 64)))
+    seen, truth = forecast(loads).load, walk[-1]
+    off = [float(np.abs(load - truth).sum()) for load in (seen, loads[-1], loads.mean(axis=0))]
+    assert off[0] == min(off)
+
+
 def test_what_was_only_busier_is_no_other_load() -> None:
     seen = forecast(np.stack([_base(), 5.0 * _base()]))
     assert seen.load == pytest.approx(3.0 * _base())
@@ -67,7 +94,7 @@ def test_snapshots_without_tokens_say_nothing() -> None:
 
 
 def test_a_layer_is_uneven_only_beyond_what_chance_explains() -> None:
-    ranks, placement = np.repeat(np.arange(4), 4), np.arange(16)[None]
+    ranks, placement = np.repeat(np.arange(4, dtype=np.int32), 4), np.arange(16, dtype=np.int32).reshape(1, 16)
     load = np.ones((1, 16))
     load[0, :4] = 1.05
     assert not uneven(forecast(load[None]), placement, ranks)[0]

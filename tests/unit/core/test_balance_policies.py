@@ -134,6 +134,13 @@ def test_the_published_policies_balance_as_published_and_move_no_more(policy: st
     assert not len(_plan(load, plan.placement, policy).moves)
 
 
+def test_a_published_placement_with_its_ranks_in_another_order_stands() -> None:
+    load = _lognormal().astype(np.float32).astype(np.float64)
+    ranks = rebalance_experts(load, SLOTS, 1, 1, RANKS)[0].astype(np.int32).reshape(LAYERS, RANKS, -1)
+    shuffled = np.random.default_rng(0).permuted(ranks[:, ::-1], axis=2).reshape(LAYERS, SLOTS)
+    assert not len(_plan(load, shuffled, "global").moves)
+
+
 def test_hierarchical_keeps_groups_on_nodes() -> None:
     plan = _plan(_lognormal(), policy="hierarchical")
     for row in plan.placement.reshape(LAYERS, NODES, -1) // (EXPERTS // 4):

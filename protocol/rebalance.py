@@ -119,7 +119,8 @@ def _hierarchical(load: F32, num_replicas: int, num_groups: int, num_nodes: int,
     rows = np.take_along_axis(load, expert, axis=1).reshape(layers * num_nodes, per_node)
     item_of, nth, count = _replicate(rows, num_replicas // num_nodes)
     # Copies to the GPUs of their node.
-    each = np.take_along_axis(rows / count.astype(np.float32), item_of, axis=1)
+    share: F32 = rows / count.astype(np.float32)
+    each = np.take_along_axis(share, item_of, axis=1)
     gpu, place = _pack(each, num_gpus // num_nodes)
     order = _inverse(gpu * (num_replicas // num_gpus) + place)
     item = np.take_along_axis(item_of, order, axis=1).reshape(layers, num_nodes, -1)

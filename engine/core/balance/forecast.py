@@ -21,7 +21,7 @@ NOISE = 0.06
 """Differences between snapshots as this much noise makes are noise, in whichever order they come."""
 JUMP = 3.0
 """The newest snapshot is so many times further from the one before than those before it were: all is different now."""
-NEWEST = 0.6
+NEWEST = 0.5
 """Where the newest snapshot would count for more than this, it counts alone."""
 FALSE_ALARMS = 0.05
 """Plans in which chance alone makes some layer look uneven."""
@@ -62,18 +62,27 @@ def _weights(shares: F64) -> tuple[F64, float]:
     floor = 2 * NOISE**2
     if max(apart) <= floor:
         return even, float(np.mean(apart)) / 2
-    before = float(steps[:-1].mean()) if times > 2 else 0.0
+    before = float(np.median(steps[:-1])) if times > 2 else 0.0
     if steps[-1] > JUMP * max(before, floor):
-        return newest, before / 2
-    walk = max(apart[1] - apart[0], 0.0) if times > 2 else max(apart[0] - floor, 0.0)
+        return newest, min(before, floor) / 2
+    walk = _growth(np.asarray(apart)) if times > 2 else max(apart[0] - floor, 0.0)
     noise = max(apart[0] - walk, 0.0) / 2
     # The steady gain of a Kalman filter for a random walk with noise.
     spread = (walk + np.sqrt(walk**2 + 4 * walk * noise)) / 2
     gain = spread / (spread + noise) if spread + noise > 0 else 1.0
     if gain > NEWEST:
-        return newest, noise
+        # What noise is left between the walk's steps cannot be told from a few of them.
+        return newest, 0.0
     decaying = (1.0 - gain) ** np.arange(times - 1, -1, -1)
     return decaying / decaying.sum(), noise
+
+
+def _growth(apart: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+    """By how much the squares of differences grow with each step between snapshots: from neighbours to the far half."""
+    lags = np.arange(1, len(apart) + 1)
+    pairs = (lags[::-1] * (lags > len(apart) // 2)).astype(np.float64)
+    far, lag = (pairs * apart).sum() / pairs.sum(), (pairs * lags).sum() / pairs.sum()
+    return max(float((far - apart[0]) / (lag - 1.0)), 0.0)
 
 
 def uneven(seen: Forecast, placement: I32Matrix, slot_rank: I32) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

@@ -49,12 +49,22 @@ class Grid:
     @property
     def num_ranks(self) -> int:
         """Live ranks with slots."""
-        return self.expert.shape[1]
+        return len(self.nodes)
 
     def balancedness(self) -> F32:
         """float32 (layers,)."""
-        most = self.load.max(axis=1)
-        return np.divide(self.mean, most, out=np.ones_like(most), where=most > 0)
+        return self._even(self.load)
+
+    def true_balancedness(self) -> F32:
+        """float32 (layers,): by the copies that are there, where ``copies`` says how many there will be."""
+        each = self.demand / np.maximum(self.on_node.sum(axis=1), 1).astype(np.float32)
+        weight = np.take_along_axis(each, self.expert.reshape(len(each), -1), axis=1).reshape(self.expert.shape)
+        return self._even(weight.sum(axis=2))
+
+    def _even(self, load: F32) -> F32:
+        most = load.max(axis=1)
+        even: F32 = np.divide(self.mean, most, out=np.ones_like(most), where=most > 0)
+        return even
 
     def placement(self, expert: I32 | None = None) -> I32Matrix:
         """int32 (layers, slots), -1 for what is of no use; of another state of ``expert`` if that is given."""
@@ -88,6 +98,17 @@ class Grid:
     def crowds(self, rows: Index, experts: Index, start: Index, end: Index) -> Bool:
         """Whether an expert that goes from rank ``start`` to rank ``end`` is on fewer nodes then. All broadcast."""
         source, target = self.nodes[start], self.nodes[end]
-        last = self.on_node[rows, source, experts] == 1
-        crowded: Bool = last & (self.on_node[rows, target, experts] >= 1) & (source != target)
+        nodes, width = self.on_node.shape[1:]
+        if nodes == 1:
+            return np.zeros((1,) * experts.ndim, dtype=np.bool_)
+        # Flat, which is several times as fast as three indices are.
+        flat, first = self.on_node.ravel(), rows * nodes
+        last = flat.take((first + source) * width + experts) == 1
+        there = flat.take((first + target) * width + experts) >= 1
+        crowded: Bool = last & there & (source != target)
         return crowded
+
+    def holds(self, rows: Index, ranks: Index, experts: Index) -> Bool:
+        """Whether a rank has an expert. All broadcast."""
+        has: Bool = self.held.ravel().take((rows * self.num_ranks + ranks) * self.held.shape[2] + experts)
+        return has

@@ -7,23 +7,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from drumline.engine.core.balance.forecast import Forecast, uneven
-from drumline.engine.core.balance.grid import Bool, F32, Grid, Index
+from drumline.engine.core.balance.grid import F32, Bool, Grid, Index
 from drumline.engine.core.balance.repair import repair
 from drumline.engine.core.balance.replicas import share_copies
 from drumline.engine.core.balance.spend import spend
 from drumline.engine.core.balance.swaps import swap_once
 from drumline.protocol.messages import I32, I32Matrix
 
-ROUNDS = 24
+ROUNDS = 40
 """Rounds of swaps at most."""
-PATIENCE = 4
+PATIENCE = 2
 """Rounds without a better balance after which a layer is left as it is."""
+
+WITH_OTHERS = 0.2
+"""Where all layers together gain what is asked, one may gain so much less."""
+NEAR = 0.002
+"""A layer may end so far below the best balancedness that was found for it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Limits:
-    """``most``: slots that may get another expert, over all layers. ``gain``: balancedness by which a layer must rise to
-    be changed."""
+    """``most``: slots that may get another expert, over all layers. ``gain``: balancedness by which the mean of the
+    layers, or else a layer by itself, must rise to be changed."""
 
     most: int
     gain: float
@@ -57,12 +62,12 @@ class _Search:
         self._states: list[I32] = []
         self._changed: list[Index] = []
         self._balance: list[F32] = []
+        self._record()
 
     def run(self) -> None:
         grid = self._grid
         budget = np.full(len(grid.expert), self._most, dtype=np.int64)
-        changed = self._record()
-        share_copies(grid, self._rows, budget, self._record)
+        share_copies(grid, self._rows, budget, self._note)
         rows, best, since = self._rows, np.zeros(len(budget), dtype=np.float32), np.zeros(len(budget), dtype=np.int64)
         for turn in range(ROUNDS):
             changed = self._record()
@@ -70,25 +75,37 @@ class _Search:
             best = np.maximum(best, self._balance[-1])
             since = np.where(better, 0, since + 1)
             rows = rows[(since[rows] < PATIENCE) & (changed[rows] + 2 <= budget[rows])]
-            rows = swap_once(grid, rows, turn, (budget - changed) // 2)
+            rows = swap_once(grid, rows, turn, (budget - changed) // 2, since > 0)
             if not len(rows):
                 break
         self._record()
 
-    def _record(self) -> Index:
-        """Returns (layers,): how many places have another expert than at the start."""
+    def _note(self, keep: bool) -> Index:
+        """While copies change and ``load`` of the grid runs ahead of them. Returns what :meth:`_record` does."""
+        return self._record(self._grid.true_balancedness()) if keep else self._count()
+
+    def _count(self) -> Index:
+        """(layers,): how many places have another expert than at the start."""
         changed: Index = (self._grid.expert != self._start).sum(axis=(1, 2))
-        self._states.append(self._grid.expert.copy())
-        self._changed.append(changed)
-        self._balance.append(self._grid.balancedness())
         return changed
 
+    def _record(self, balance: F32 | None = None) -> Index:
+        """Returns (layers,): how many places have another expert than at the start."""
+        self._states.append(self._grid.expert.copy())
+        self._changed.append(self._count())
+        self._balance.append(self._grid.balancedness() if balance is None else balance)
+        return self._changed[-1]
+
     def spend(self, limits: Limits, whole: bool) -> I32:
-        """The state of each layer to be had within the limits. ``whole``: the last one, or the first."""
+        """The state of each layer to be had within the limits. ``whole``: one as good as the best, or
+        the first."""
         balance, changed = np.stack(self._balance, axis=1), np.stack(self._changed, axis=1)
-        allowed: Bool = balance >= balance[:, :1] + limits.gain
-        if whole:
-            allowed[:, :-1] = False
+        short = balance.max(axis=1, keepdims=True) - balance
+        # What is left of a layer must be so much that a later plan goes on with it.
+        allowed: Bool = (short <= NEAR) | ((short >= 2 * limits.gain) & (not whole))
+        gain = balance - balance[:, :1]
+        enough = limits.gain * (WITH_OTHERS if gain.max(axis=1).mean() >= limits.gain else 1.0)
+        allowed &= gain >= enough
         allowed[:, 0] = True
         chosen = spend(balance, changed, allowed, self._most)
         return np.stack(self._states, axis=1)[np.arange(len(chosen)), chosen]

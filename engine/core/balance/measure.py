@@ -43,4 +43,5 @@ def balancedness(load: Numbers, placement: Numbers, slot_rank: Numbers) -> F64:
     if not ranks.shape[1]:
         return np.ones(len(load))
     most = ranks.max(axis=1)
-    return np.divide(ranks.mean(axis=1), most, out=np.ones(len(load)), where=most > 0)
+    even: F64 = np.divide(ranks.mean(axis=1), most, out=np.ones(len(load)), where=most > 0)
+    return even

@@ -13,7 +13,7 @@ STEPS = 24
 def spend(worth: F32, cost: Index, allowed: Bool, most: int) -> Index:
     """(layers,): the index of a state for each layer, so that their worth is large and their cost ``most`` or less.
 
-    ``worth``, ``cost`` and ``allowed``: (layers, states); the first state costs nothing and is allowed. A price for each
+    ``worth``, ``cost`` and ``allowed``: (layers, states); the first state costs nothing and is allowed. A price for a
     unit of cost is found at which the layers choose no more than there is (Lagrange; Everett, 1963); what is left goes
     to those that get most for it.
     """

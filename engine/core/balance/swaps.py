@@ -6,19 +6,24 @@ import numpy as np
 
 from drumline.engine.core.balance.grid import F32, Bool, Grid, Index
 
-EVEN = 0.003
+EVEN = 0.0025
 """A rank that takes this share more than the mean is left as it is."""
+BUSY = 0.5
+"""A rank is busy if it takes this share of what the busiest takes above the mean."""
 LEAST = 0.0005
 """A swap takes this share of the mean off the busier rank, or is not worth it."""
-FAR = 0.02
+FAR = 0.3
 """A swap within a node may leave the busier rank with this share of the mean more than one between nodes would."""
 
 
-def swap_once(grid: Grid, rows: Index, turn: int, budget: Index) -> Index:
+def swap_once(grid: Grid, rows: Index, turn: int, budget: Index, stalled: Bool) -> Index:
     """One swap at most for each rank of layers ``rows``, and ``budget`` (layers,) swaps in each. ``turn``: which
-    partners each busy rank has, a number that goes up by one. Returns the layers that still have a busy rank."""
-    load, bound = grid.load[rows], grid.mean[rows] * np.float32(1 + EVEN)
-    busy = np.minimum((load > bound[:, None]).sum(axis=1), grid.num_ranks // 2)
+    partners each busy rank has, a number that goes up by one. ``stalled`` (layers,): where only the busiest rank has
+    partners, all others. Returns the layers that still have a busy rank."""
+    load, mean = grid.load[rows], grid.mean[rows]
+    bound = np.maximum(mean * np.float32(EVEN), (load.max(axis=1) - mean) * np.float32(BUSY))
+    busy = np.minimum((load - mean[:, None] > bound[:, None]).sum(axis=1), grid.num_ranks // 2)
+    busy = np.where(stalled[rows], np.minimum(busy, 1), busy)
     rows, load, busy = rows[busy > 0], load[busy > 0], busy[busy > 0]
     if len(rows):
         _Swap(grid, rows, load, busy, turn).make(budget)
@@ -47,7 +52,10 @@ class _Swap:
         most, place, other = self._best_places()
         far = grid.nodes[self._busy] != grid.nodes[self._partner]
         worth = self._real & (most < grid.load[rows, self._busy] - LEAST * self._mean)
-        cost = np.maximum(most, self._mean * np.float32(1 + EVEN)) + np.where(far, FAR * self._mean, np.float32(0))
+        high, low = grid.load[rows, self._busy] / self._mean, grid.load[rows, self._partner] / self._mean
+        off, half = most / self._mean - (high + low) / 2, (high - low) / 2
+        # By how much the squares of the loads fall.
+        cost = off**2 - half**2 + np.where(far, np.float32(FAR), np.float32(0)) * half**2
         layer, pair = self._choose(np.where(worth, cost, np.float32(np.inf)), budget)
         at = (layer, pair)
         chosen = rows[layer, 0]
@@ -71,7 +79,7 @@ class _Swap:
         """(rows, pairs, places): whether the expert there cannot go to the other rank."""
         grid, row = self._grid, self._row[:, :, None]
         experts = grid.expert[self._row, start]
-        stuck: Bool = grid.held[row, end[:, :, None], experts] | (experts == grid.experts)
+        stuck = grid.holds(row, end[:, :, None], experts) | (experts == grid.experts)
         stuck |= grid.crowds(row, experts, start[:, :, None], end[:, :, None])
         return stuck
 
@@ -90,10 +98,11 @@ class _Swap:
         """An expert that is to move twice in one layer moves once, so that its copies do not meet."""
         grid = self._grid
         given, taken = grid.expert[rows, busy, place], grid.expert[rows, partner, other]
-        number = np.arange(len(rows) - 1, -1, -1)
-        mover = np.full((len(grid.expert), grid.experts + 1), -1, dtype=np.int64)
-        for experts in (given, taken):
-            np.maximum.at(mover, (rows, experts), number)
+        number = np.arange(len(rows))
+        mover = np.empty((len(grid.expert), grid.experts + 1), dtype=np.int64)
+        # The last to write stays: backwards, that is the first swap which moves the expert.
+        backwards = np.repeat(number[::-1], 2)
+        mover[rows[backwards], np.stack([given, taken], axis=1)[::-1].ravel()] = backwards
         alone = (mover[rows, given] == number) & (mover[rows, taken] == number)
         rows, busy, place, partner, other = rows[alone], busy[alone], place[alone], partner[alone], other[alone]
         given, taken = given[alone], taken[alone]

@@ -77,7 +77,9 @@ def make_moving_schedule(seed: int) -> Schedule:
         make_other_faults(schedule, rng, day)
     if rng.random() < 0.1:
         seconds = rng.choice((1.0, 8.0, 40.0))
-        schedule.other_faults.append(OtherFault("stuck_link", START_S + rng.uniform(0, day), rng.randrange(ranks), seconds))
+        schedule.other_faults.append(
+            OtherFault("stuck_link", START_S + rng.uniform(0, day), rng.randrange(ranks), seconds)
+        )
     if rng.random() < 0.1:
         names = ((*MESSAGES_TO_RANK, "StageExperts", "CancelStage"), (*MESSAGES_FROM_RANK, "Staged", "Staged"))
         schedule.message_faults.append(make_message_fault(rng, ranks, day, names))

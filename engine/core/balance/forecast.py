@@ -32,11 +32,13 @@ FALSE_ALARMS = 0.05
 class Forecast:
     """``load``: float64 (layers, experts). ``off``: the standard error of each expert's as a share of it.
     ``swing``: float64 (layers, experts), the standard deviation
-    between the snapshots that count."""
+    between the snapshots that count. ``shake``: by which share of itself an expert's load differs from snapshot to
+    snapshot where that is nothing but noise, and little; else 0."""
 
     load: F64
     off: float
     swing: F64
+    shake: float = 0.0
 
     @property
     def demand(self) -> F64:
@@ -59,7 +61,8 @@ def forecast(snapshots: F64) -> Forecast:
     mean = np.einsum("t,tle->le", weights, shares)
     swing = np.sqrt(np.einsum("t,tle->le", weights, (shares - mean) ** 2))
     size = scale.mean(axis=0)[:, None]
-    return Forecast(mean * size, off, swing * size)
+    shake = float(np.sqrt(noise)) if 0.0 < noise <= NOISE**2 and len(weights) * weights[-1] < 1.5 else 0.0
+    return Forecast(mean * size, off, swing * size, shake)
 
 
 def _weights(shares: F64) -> tuple[F64, float]:
@@ -92,13 +95,14 @@ def _growth(apart: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
     return max(float((far - apart[0]) / (lag - 1.0)), 0.0)
 
 
-def uneven(seen: Forecast, placement: I32Matrix, slot_rank: I32) -> tuple[Bool, F64]:
+def uneven(load: F64, off: float, placement: I32Matrix, slot_rank: I32) -> tuple[Bool, F64]:
     """(layers,) each: whether some rank has more load than chance would give it if all were even, and how much of the
-    mean chance may give to a rank. Arguments as of :func:`~drumline.engine.core.balance.measure.rank_loads`."""
+    mean chance may give to a rank, where the load of each expert is ``off`` by this share of it. Other arguments as of
+    :func:`~drumline.engine.core.balance.measure.rank_loads`."""
     own = np.unique(slot_rank[slot_rank >= 0])
-    loads = rank_loads(seen.load, placement, slot_rank)[:, own]
-    counts = np.maximum(copies(placement, seen.load.shape[1], slot_rank >= 0), 1.0)
-    variance = rank_loads((seen.off * seen.load) ** 2 / counts, placement, slot_rank)[:, own]
+    loads = rank_loads(load, placement, slot_rank)[:, own]
+    counts = np.maximum(copies(placement, load.shape[1], slot_rank >= 0), 1.0)
+    variance = rank_loads((off * load) ** 2 / counts, placement, slot_rank)[:, own]
     mean = loads.mean(axis=1)
     limit = NormalDist().inv_cdf(1.0 - FALSE_ALARMS / max(loads.size, 2))
     slack = np.maximum(limit * np.sqrt(variance), 1e-6 * mean[:, None])

@@ -24,6 +24,9 @@ WITH_OTHERS = 0.2
 """Where all layers together gain what is asked, one may gain so much less."""
 VISIBLE = 1.2
 """A rank that takes so many times more than chance gives it will be seen to next time, too."""
+FAINT = 0.01
+"""The share of the places that change where the unevenness is no more than the noise of one snapshot makes: a placement
+that was made for one is mended, but slowly."""
 NEAR = 0.002
 """A layer may end so far below the best balancedness that was found for it."""
 
@@ -48,11 +51,12 @@ def improve(standing: I32Matrix, seen: Forecast, slots: I32, nodes: I32, limits:
     repaired = repair(standing, seen.demand, slot_rank, nodes)
     grid = Grid(repaired, seen.demand, slots, nodes)
     must = ((repaired != standing) & (repaired >= 0)).sum(axis=1)
-    wrong, chance = uneven(seen, repaired, slot_rank)
+    wrong, chance = uneven(seen.load, seen.off, repaired, slot_rank)
+    faint = ~uneven(seen.load, seen.shake, repaired, slot_rank)[0] if seen.shake else np.zeros_like(wrong)
     rows = np.flatnonzero(wrong)
     search = _Search(grid, rows, max(limits.most - int(must.sum()), 0))
     search.run()
-    state = search.spend(limits, chance)
+    state = search.spend(limits, chance, faint)
     placement = grid.placement(state)
     return np.where(placement < 0, standing, placement)
 
@@ -100,9 +104,9 @@ class _Search:
         self._balance.append(self._grid.balancedness() if balance is None else balance)
         return self._changed[-1]
 
-    def spend(self, limits: Limits, chance: F64) -> I32:
+    def spend(self, limits: Limits, chance: F64, faint: Bool) -> I32:
         """The state of each layer to be had within the limits. ``chance`` (layers,): how much of the mean chance may
-        give to a rank."""
+        give to a rank; ``faint`` (layers,): where a single snapshot would not have shown that anything is uneven."""
         balance, changed = np.stack(self._balance, axis=1), np.stack(self._changed, axis=1)
         short = balance.max(axis=1, keepdims=True) - balance
         # What is left of a layer must be so much that a later plan goes on with it.
@@ -112,5 +116,10 @@ class _Search:
         enough = limits.gain * (WITH_OTHERS if gain.max(axis=1).mean() >= limits.gain else 1.0)
         allowed &= gain >= enough
         allowed[:, 0] = True
-        chosen = spend(balance, changed, allowed, self._most)
+        first = np.arange(balance.shape[1]) == 0
+        chosen = spend(balance, changed, allowed & (first | ~faint[:, None]), self._most)
+        if faint.any():
+            left = self._most - int(changed[np.arange(len(chosen)), chosen].sum())
+            few = min(left, int(FAINT * self._start[0].size * len(chosen)))
+            chosen = np.where(faint, spend(balance, changed, allowed & (first | faint[:, None]), few), chosen)
         return np.stack(self._states, axis=1)[np.arange(len(chosen)), chosen]

@@ -95,8 +95,8 @@ def test_a_layer_is_uneven_only_beyond_what_chance_explains() -> None:
     ranks, placement = np.repeat(np.arange(4, dtype=np.int32), 4), np.arange(16, dtype=np.int32).reshape(1, 16)
     load = np.ones((1, 16))
     load[0, :4] = 1.05
-    assert not uneven(forecast(load[None]), placement, ranks)[0][0]
+    assert not uneven(load, CHANCE, placement, ranks)[0][0]
     load[0, :4] = 1.2
-    assert uneven(forecast(load[None]), placement, ranks)[0][0]
+    assert uneven(load, CHANCE, placement, ranks)[0][0]
     load[0, :4] = 1.01
-    assert uneven(forecast(np.stack([load, load])), placement, ranks)[0][0]
+    assert uneven(load, 0.0, placement, ranks)[0][0]

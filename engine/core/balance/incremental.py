@@ -120,6 +120,6 @@ class _Search:
         chosen = spend(balance, changed, allowed & (first | ~faint[:, None]), self._most)
         if faint.any():
             left = self._most - int(changed[np.arange(len(chosen)), chosen].sum())
-            few = min(left, int(FAINT * self._start[0].size * len(chosen)))
+            few = min(left, int(FAINT * np.count_nonzero(self._start < self._grid.experts)))
             chosen = np.where(faint, spend(balance, changed, allowed & (first | faint[:, None]), few), chosen)
-        return np.stack(self._states, axis=1)[np.arange(len(chosen)), chosen]
+        return np.stack([self._states[state][layer] for layer, state in enumerate(chosen.tolist())])

@@ -3,6 +3,7 @@ behind it."""
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Sequence
@@ -45,16 +46,28 @@ class _Sent:
     def wait(self) -> None:
         return
 
+    def look(self, slice_s: float) -> bool:
+        return True
+
 
 @dataclass
 class _Received:
     box: queue.Queue[Tensor]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    result: Tensor | None = None
 
     def wait(self) -> Tensor:
-        tensor = self.box.get(timeout=DEADLINE_S)
+        return self._take(self.box.get(timeout=DEADLINE_S))
+
+    def look(self, slice_s: float) -> bool:
+        with contextlib.suppress(queue.Empty):
+            self._take(self.box.get_nowait())
+        return self.result is not None
+
+    def _take(self, tensor: Tensor) -> Tensor:
         assert (tuple(tensor.shape), tensor.dtype) == (self.shape, self.dtype)
+        self.result = tensor
         return tensor
 
 
@@ -120,6 +133,9 @@ class ThreadMember:
             parts.append(rows.split_with_sizes(splits.tolist())[place])
         assert [len(part) for part in parts] == output_splits
         output.copy_(torch.cat(parts))
+
+    def has_room(self, dst: int) -> bool:
+        return True
 
     def isend(self, t: Tensor, dst: int) -> _Sent:
         self.group.mail[self.rank, dst].put(t.clone())

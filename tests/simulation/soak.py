@@ -1,6 +1,6 @@
 """Random scenarios for as long as you like: ``python -m tests.simulation.soak --minutes 20``, a quarter of it with the
-core alone, the rest with whole engines. ``--seed N`` replays one of the core;
-``python -m tests.simulation.cluster --seed N -v`` one of an engine."""
+core alone, the rest with whole engines, in half of that with experts that move. ``--seed N`` replays one of the core;
+``python -m tests.simulation.cluster --seed N -v`` one of an engine, ``--experts --seed N`` one with experts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import traceback
 from collections import Counter
 
 from tests.simulation.cluster import soak as cluster
+from tests.simulation.cluster.moving import make_moving_schedule
 from tests.simulation.scenario import make_scenario
 from tests.simulation.simulation import run_scenario
 from tests.simulation.worker import RuleBrokenError
 
 CORE_ALONE = 0.25
+EXPERTS = 0.375
 
 
 def main() -> int:
@@ -30,7 +32,12 @@ def main() -> int:
         return replay(arguments.seed)
     alone = arguments.minutes * CORE_ALONE
     failed = soak(alone)
-    return failed or cluster.soak(random.SystemRandom().randrange(1 << 40), 1 << 60, arguments.minutes - alone)
+    failed = failed or cluster.soak(_any_seed(), 1 << 60, arguments.minutes * EXPERTS, make=make_moving_schedule)
+    return failed or cluster.soak(_any_seed(), 1 << 60, arguments.minutes - alone - arguments.minutes * EXPERTS)
+
+
+def _any_seed() -> int:
+    return random.SystemRandom().randrange(1 << 40)
 
 
 def replay(seed: int) -> int:
@@ -45,7 +52,7 @@ def replay(seed: int) -> int:
 
 def soak(minutes: float) -> int:
     """Seeds from a random start, so that no two soaks are the same; a failing one is printed and ends the run."""
-    seed = random.SystemRandom().randrange(1 << 40)
+    seed = _any_seed()
     end = time.monotonic() + 60 * minutes
     seen: Counter[str] = Counter()
     runs = 0

@@ -13,7 +13,7 @@ from drumline.protocol.errors import ProtocolError
 from drumline.protocol.messages import I32, StageExperts
 from drumline.workers.experts.expert_layer import EMPTY, ExpertLayer, ExpertWeights, canary_of
 from drumline.workers.experts.moves import Move
-from drumline.workers.experts.parts import CANARY_BYTES, cut_part, part_size, put_part
+from drumline.workers.experts.parts import CANARY_BYTES, cut_part, expert_bytes, part_size, put_part
 from drumline.workers.experts.staging_pool import StagingPool
 from drumline.workers.groups.coordinator import GroupCoordinator
 from drumline.workers.groups.pending import PendingRecv, PendingSend
@@ -71,8 +71,10 @@ class StagedLayer:
 
     def _check(self, message: StageExperts, arriving: list[Move]) -> None:
         layer, name = self.layer, f"generation {message.generation} of MoE layer {self.layer.number}"
-        if message.parts < 1 or message.generation <= layer.generation:
-            raise ProtocolError(f"{name} in {message.parts} parts; the layer has generation {layer.generation}")
+        most = expert_bytes(self._pool.buffer(0)) if self._pool.size else 1
+        if not 1 <= message.parts <= most or message.generation <= layer.generation:
+            valid = f"1 to {most}, and a generation after {layer.generation}"
+            raise ProtocolError(f"{name} in {message.parts} parts; valid: {valid}")
         slots = {move.slot for move in arriving}
         if len(slots) < len(arriving) or len(arriving) > self._pool.size:
             found = f"{len(arriving)} experts come to {len(slots)} slots"

@@ -98,6 +98,17 @@ class Grid:
     def crowds(self, rows: Index, experts: Index, start: Index, end: Index) -> Bool:
         """Whether an expert that goes from rank ``start`` to rank ``end`` is on fewer nodes then. All broadcast."""
         source, target = self.nodes[start], self.nodes[end]
-        last = self.on_node[rows, source, experts] == 1
-        crowded: Bool = last & (self.on_node[rows, target, experts] >= 1) & (source != target)
+        nodes, width = self.on_node.shape[1:]
+        if nodes == 1:
+            return np.zeros((1,) * experts.ndim, dtype=np.bool_)
+        # Flat, which is several times as fast as three indices are.
+        flat, first = self.on_node.ravel(), rows * nodes
+        last = flat.take((first + source) * width + experts) == 1
+        there = flat.take((first + target) * width + experts) >= 1
+        crowded: Bool = last & there & (source != target)
         return crowded
+
+    def holds(self, rows: Index, ranks: Index, experts: Index) -> Bool:
+        """Whether a rank has an expert. All broadcast."""
+        has: Bool = self.held.ravel().take((rows * self.num_ranks + ranks) * self.held.shape[2] + experts)
+        return has

@@ -19,14 +19,16 @@ ROUNDS = 40
 PATIENCE = 2
 """Rounds without a better balance after which a layer is left as it is."""
 
+WITH_OTHERS = 0.2
+"""Where all layers together gain what is asked, one may gain so much less."""
 NEAR = 0.002
 """A layer may end so far below the best balancedness that was found for it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Limits:
-    """``most``: slots that may get another expert, over all layers. ``gain``: balancedness by which a layer must rise
-    to be changed."""
+    """``most``: slots that may get another expert, over all layers. ``gain``: balancedness by which the mean of the
+    layers, or else a layer by itself, must rise to be changed."""
 
     most: int
     gain: float
@@ -40,8 +42,8 @@ def improve(standing: I32Matrix, seen: Forecast, slots: I32, nodes: I32, limits:
     rank may come to another slot.
     """
     slot_rank = np.repeat(np.arange(len(slots), dtype=np.int32), slots)
-    repaired = repair(standing, seen.load, slot_rank, nodes)
-    grid = Grid(repaired, seen.load, slots, nodes)
+    repaired = repair(standing, seen.demand, slot_rank, nodes)
+    grid = Grid(repaired, seen.demand, slots, nodes)
     must = ((repaired != standing) & (repaired >= 0)).sum(axis=1)
     rows = np.flatnonzero(uneven(seen, repaired, slot_rank))
     search = _Search(grid, rows, max(limits.most - int(must.sum()), 0))
@@ -101,7 +103,9 @@ class _Search:
         short = balance.max(axis=1, keepdims=True) - balance
         # What is left of a layer must be so much that a later plan goes on with it.
         allowed: Bool = (short <= NEAR) | ((short >= 2 * limits.gain) & (not whole))
-        allowed &= balance >= balance[:, :1] + limits.gain
+        gain = balance - balance[:, :1]
+        enough = limits.gain * (WITH_OTHERS if gain.max(axis=1).mean() >= limits.gain else 1.0)
+        allowed &= gain >= enough
         allowed[:, 0] = True
         chosen = spend(balance, changed, allowed, self._most)
         return np.stack(self._states, axis=1)[np.arange(len(chosen)), chosen]

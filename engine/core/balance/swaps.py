@@ -13,7 +13,7 @@ BUSY = 0.5
 LEAST = 0.0005
 """A swap takes this share of the mean off the busier rank, or is not worth it."""
 FAR = 0.3
-"""A swap within a node may leave the busier rank with this share of the mean more than one between nodes would."""
+"""What a swap between nodes brings counts for so much less."""
 
 
 def swap_once(grid: Grid, rows: Index, turn: int, budget: Index, stalled: Bool) -> Index:
@@ -79,7 +79,7 @@ class _Swap:
         """(rows, pairs, places): whether the expert there cannot go to the other rank."""
         grid, row = self._grid, self._row[:, :, None]
         experts = grid.expert[self._row, start]
-        stuck: Bool = grid.held[row, end[:, :, None], experts] | (experts == grid.experts)
+        stuck: Bool = grid.holds(row, end[:, :, None], experts) | (experts == grid.experts)
         stuck |= grid.crowds(row, experts, start[:, :, None], end[:, :, None])
         return stuck
 
@@ -98,10 +98,11 @@ class _Swap:
         """An expert that is to move twice in one layer moves once, so that its copies do not meet."""
         grid = self._grid
         given, taken = grid.expert[rows, busy, place], grid.expert[rows, partner, other]
-        number = np.arange(len(rows) - 1, -1, -1)
-        mover = np.full((len(grid.expert), grid.experts + 1), -1, dtype=np.int64)
-        for experts in (given, taken):
-            np.maximum.at(mover, (rows, experts), number)
+        number = np.arange(len(rows))
+        mover = np.empty((len(grid.expert), grid.experts + 1), dtype=np.int64)
+        # The last to write stays: backwards, that is the first swap which moves the expert.
+        backwards = np.repeat(number[::-1], 2)
+        mover[rows[backwards], np.stack([given, taken], axis=1)[::-1].ravel()] = backwards
         alone = (mover[rows, given] == number) & (mover[rows, taken] == number)
         rows, busy, place, partner, other = rows[alone], busy[alone], place[alone], partner[alone], other[alone]
         given, taken = given[alone], taken[alone]

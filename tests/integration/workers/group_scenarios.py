@@ -15,6 +15,7 @@ from drumline.protocol.errors import ProtocolError
 from drumline.workers.groups import GroupPlace, gloo_ops, shared_ops, sharing
 from drumline.workers.groups.forming import meet
 from drumline.workers.groups.nccl_ops import NcclOps
+from drumline.workers.groups.pending import MAX_UNFINISHED_SENDS
 from drumline.workers.groups.watch import Watch
 from tests import default_group
 from tests.integration.workers.group_checks import check_all, expect_same, made_by, sum_in_order
@@ -286,3 +287,28 @@ def refused_arguments(rank: Rank) -> list[str]:
             refused.append(error.text)
     assert group.all_reduce(torch.ones(1)).item() == rank.world
     return refused
+
+
+def room_for_messages(rank: Rank) -> bool:
+    """Rank 0 sends while it need not wait; rank 1 takes nothing in until it has been told how many there are."""
+    group = rank.form_among("room", (0, 1), connect=True)
+    large = 100_000
+    if rank.rank == 0:
+        sent = 0
+        while group.has_room(1) and sent < 2 * MAX_UNFINISHED_SENDS:
+            group.isend(torch.full((large,), sent, dtype=torch.uint8), 1)
+            sent += 1
+        full = not group.has_room(1)
+        group.broadcast(torch.tensor([sent]), 0)
+        deadline = time.monotonic() + 10.0
+        while not group.has_room(1):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        found = [full, sent == MAX_UNFINISHED_SENDS]
+    else:
+        count = int(group.broadcast(torch.tensor([0]), 0))
+        receives = [group.irecv((large,), torch.uint8, 0) for _ in range(count)]
+        found = [bool((receive.wait() == number).all()) for number, receive in enumerate(receives)]
+    group.barrier(5.0)
+    group.close()
+    return all(found)

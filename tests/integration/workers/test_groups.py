@@ -35,6 +35,11 @@ def test_messages_of_all_sizes_may_be_waited_for_in_any_order(run_ranks: RunRank
     assert run_ranks("messages_of_all_sizes", 2, way) == ["equal"] * 2
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_who_asks_for_room_first_never_waits_for_the_reader(run_ranks: RunRanks, way: str) -> None:
+    assert run_ranks("room_for_messages", 2, way) == [True] * 2
+
+
 def test_a_message_of_another_size_than_expected_is_refused(run_ranks: RunRanks) -> None:
     _, refused = run_ranks("a_message_of_another_size", 2, "memory")
     assert refused == "rank 0 sent 12 bytes in group messages; this one expects 8"

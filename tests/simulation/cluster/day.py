@@ -70,14 +70,19 @@ class Day:
             cluster.clock.after(fault.seconds, self._room_again)
         elif fault.kind == "partition":
             self._partition(fault)
-        elif fault.kind == "stuck_link":
+        else:
+            self._to_experts(fault)
+
+    def _to_experts(self, fault: OtherFault) -> None:
+        """Who asks for a rebalance is no fault, but befalls whatever is under way."""
+        cluster = self.cluster
+        if fault.kind == "stuck_link":
             cluster.clock.seen["stuck_link"] += 1
             cluster.stuck[fault.who] = cluster.clock.now + fault.seconds
-        elif fault.kind in ("rebalance", "given_rebalance"):
-            if cluster.hub.host is not None:
-                cluster.hub.host.planner.rebalance(fault.kind == "given_rebalance")
-        else:
+        elif fault.kind not in ("rebalance", "given_rebalance"):
             raise ValueError(f"a fault of kind {fault.kind!r}")
+        elif cluster.hub.host is not None:
+            cluster.hub.host.planner.rebalance(fault.kind == "given_rebalance")
 
     def _room_again(self) -> None:
         self.cluster.disk.full = False

@@ -16,8 +16,8 @@ from drumline.protocol.messages import Configure, StageExperts, Step, StepDone
 from tests.simulation.cluster.expert_load import LoadReports
 from tests.simulation.cluster.expert_slots import ExpertSlots
 from tests.simulation.cluster.kv_worker import EpochWorker
-from tests.simulation.cluster.process import SIGSEGV
 from tests.simulation.cluster.rank import SimRank
+from tests.simulation.cluster.request_faults import fails
 from tests.simulation.cluster.shuffles import EpochShuffles
 from tests.simulation.worker import RuleBrokenError
 
@@ -300,25 +300,8 @@ class EpochRun:
         self.pick_up(process)
 
     def _fails(self, processes: list[SimRank]) -> bool:
-        """What requests do to the ranks that compute them."""
-        faults = self.cluster.faults
         for replica, worker in enumerate(self.workers):
-            places = self.layout.ranks_of_replica(replica)
-            step = self._steps[replica]
-            computing = worker.computing(step)
-            if any(seed in faults.poison for _, seed in computing):
-                victims = [processes[place] for place in places]
-                self.clock.note(f"step {step.step}: a poisoned request kills {[str(victim) for victim in victims]}")
-                self.clock.seen["poison_deaths"] += 1
-                for victim in victims[:1] if self.clock.random.random() < 0.5 else victims:
-                    victim.end(signal=SIGSEGV)
-                return True
-            rows = tuple(row for row, seed in computing if seed in faults.not_finite)
-            reporting = self.inside.get(worker.rank)
-            if not rows and reporting is not None and faults.next_not_finite(reporting, computing):
-                rows = (computing[0][0],)
-            if rows and reporting is not None:
-                self.cluster.hit([seed for row, seed in computing if row in rows])
-                reporting.fault("numeric", f"rows {rows} are not finite", rows)
+            computing = [processes[place] for place in self.layout.ranks_of_replica(replica)]
+            if fails(self.cluster, worker, self._steps[replica], computing, self.inside.get(worker.rank)):
                 return True
         return False

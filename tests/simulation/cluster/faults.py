@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 RANK_KINDS = ("kill", "stop", "exit", "segv", "raise", "nan", "hang", "slow", "coordinator")
 """The last one kills the coordinator when the rank comes to the point."""
 MOVING_POINTS = ("staging", "staged", "commit", "home", "planning")
-"""A part has been started, all is staged, a layer has its new experts, some are in their slots, a plan is being made."""
+"""A part has been started, all is staged, a layer has its new experts, some are in their rows, a plan is made."""
 POINTS = ("now", "loading", "leave", "regroup", "joining", "step", "prefill", "decode")
 
 
@@ -34,7 +34,7 @@ class RankFault:
 
 class Faults:
     """``poison`` and ``not_finite``: seeds of requests that kill ranks, or whose numbers are not finite.
-    ``from_inside``: faults that look as if a request had caused them."""
+    ``from_inside``: faults that look as if a request had caused them, those that tampered messages cause too."""
 
     def __init__(self, clock: Clock, kill_coordinator: Callable[[], None]) -> None:
         self._clock = clock

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from drumline.engine.core.balance.config import BalanceConfig
+from drumline.engine.core.balance.plan import POLICIES
 from drumline.protocol.layout import Layout
 from tests.simulation.cluster.faults import MOVING_POINTS, RankFault
 from tests.simulation.cluster.schedule import (
@@ -40,6 +41,9 @@ def make_moving_shape(rng: random.Random) -> Shape:
     shape.redundant = rng.choice((0, 1, 2, layout.ep_size))
     expert_bytes = rng.choice((90, 100))
     shape.balance = BalanceConfig(
+        policy=rng.choice(("incremental", *POLICIES)),
+        min_gain=rng.choice((0.0, 0.01)),
+        max_moved=rng.choice((0.25, 1.0)),
         window_size=rng.choice((5, 40)),
         step_interval=rng.choice((2, 4, 10, 30)),
         load_interval=rng.choice((1, 3, 8)),
@@ -50,7 +54,8 @@ def make_moving_shape(rng: random.Random) -> Shape:
         plan_deadline_s=rng.choice((1.0, 5.0)),
     )
     shape.transfer_s = rng.choice((0.002, 0.02, 0.2))
-    shape.plan_trouble = rng.choice((0.0, 0.2, 0.4))
+    shape.real_plans = rng.random() < 0.2
+    shape.plan_trouble = rng.choice((0.0, 0.1, 0.3))
     shape.plan_s = rng.choice((0.005, 0.05, 0.3))
     return shape
 
@@ -62,7 +67,7 @@ def make_moving_schedule(seed: int) -> Schedule:
     day = rng.choice((3.0, 6.0))
     ranks = shape.layout.num_ranks
     schedule = Schedule(seed, shape, make_wanted(rng, shape, day), generator="--experts ")
-    for _ in range(rng.choice((0, 6, 12, 20))):
+    for _ in range(rng.choice((6, 12, 18, 24))):
         kind = rng.choice(("rebalance", "given_rebalance"))
         at = START_S + rng.uniform(-1.0, day)
         schedule.other_faults.append(OtherFault(kind, at))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from drumline.engine.core.balance.plan import PlacementPlan, PlanRequest
+from drumline.engine.core.balance.policies import make_plan
 from drumline.engine.core.decisions import Rebalanced
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.messages import I32Matrix
@@ -23,7 +24,8 @@ OUTCOMES = ("moved", "unchanged", "cancelled", "failed")
 
 
 class SimPlanner:
-    """Of one coordinator. ``unanswered``: callers of rebalances that have heard nothing yet."""
+    """Of one coordinator. ``unanswered``: callers of rebalances that have heard nothing yet, with the placement that
+    they gave, if they did."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -31,7 +33,7 @@ class SimPlanner:
         self._chance = random.Random(host.clock.random.random())
         self._callers = 0
         self._newest: PlacementPlan | None = None
-        self.unanswered: set[int] = set()
+        self.unanswered: dict[int, I32Matrix | None] = {}
 
     # -------------------------------------------------------------------- plans
 
@@ -48,7 +50,7 @@ class SimPlanner:
         if trouble == "error":
             answer = PlacementPlan(request.number, request.placement, error="the planner has died")
         else:
-            answer = random_plan(request, self._chance)
+            answer = make_plan(request, lambda: 0.0) if shape.real_plans else random_plan(request, self._chance)
         late = 30.0 if trouble == "late" else 1.0
         self._clock.soon(shape.plan_s * late, partial(self._host.act, partial(self._planned, answer)))
 
@@ -77,14 +79,14 @@ class SimPlanner:
         self._callers += 1
         self._clock.seen["rebalances"] += 1
         self._clock.note(f"caller {self._callers} asks for a rebalance, {given=}")
-        self.unanswered.add(self._callers)
         placement = self._given() if given else None
+        self.unanswered[self._callers] = placement
         try:
             balance.rebalance(self._callers, placement, host.now)
         except InvalidConfig:
             if placement is not None and placement.shape == balance.placement.shape:
                 raise
-            self.unanswered.discard(self._callers)
+            del self.unanswered[self._callers]
             self._clock.seen["rebalances_refused"] += 1
         host.coordination.balanced(host.now)
         host.changed(host.now)
@@ -95,7 +97,7 @@ class SimPlanner:
         group, balance = membership.groups[0], self._host.coordination.balance
         if balance is None or group.refit is None or balance.placement.shape != group.refit.placement.shape:
             return None
-        if self._chance.random() < 0.05:
+        if self._chance.random() < self._host.cluster.shape.plan_trouble / 4:
             return np.ascontiguousarray(balance.placement[:, 1:])
         return random_placement(balance.placement, group.refit.slots, self._chance)
 
@@ -109,7 +111,11 @@ class SimPlanner:
         for caller in told.callers:
             if caller not in self.unanswered:
                 raise RuleBrokenError(f"caller {caller} is answered twice: {report}")
-            self.unanswered.discard(caller)
+            given = self.unanswered.pop(caller)
+            self._clock.seen["asked_" + report.outcome] += 1
+            done = given is not None and balance is not None and report.outcome in ("moved", "unchanged")
+            if done and not np.array_equal(balance.placement, given):
+                raise RuleBrokenError(f"{report} for {given.tolist()}, the placement is {balance.placement.tolist()}")
         if report.outcome != "moved" or balance is None:
             return
         plan = self._newest

@@ -7,7 +7,7 @@ import random
 import numpy as np
 
 from drumline.engine.core.balance.plan import PlacementPlan, PlanRequest
-from drumline.protocol.messages import NO_FETCHES, I32, I32Matrix
+from drumline.protocol.messages import I32, NO_FETCHES, I32Matrix
 
 
 def random_placement(placement: I32Matrix, slots: I32, chance: random.Random) -> I32Matrix:

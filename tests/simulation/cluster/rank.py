@@ -269,6 +269,7 @@ class SimRank(RankConnection):
         """Something that can come only when messages were tampered with; the rank reports it. Else a rule is broken."""
         if not self.tampered:
             self.broken(what)
+        self.cluster.faults.from_inside += 1
         self.fault("protocol", what)
 
     # -------------------------------------------------------------------- end

@@ -14,7 +14,7 @@ NOTHING_STAGED = -1
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One expert on its way: from ``source_slot`` of ``source`` to ``slot`` of ``receiver``, both counted on the rank."""
+    """One expert on its way from ``source_slot`` of ``source`` to ``slot`` of ``receiver``, counted on each rank."""
 
     round: int
     expert: int

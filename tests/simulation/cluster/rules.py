@@ -134,6 +134,9 @@ class Rules:
         present = (host.term, membership.groups[0].epoch)
         if forgotten := [key for key in self._loads if key[:2] == present]:
             raise RuleBrokenError(f"the expert loads of (term, epoch, step) {forgotten} were never counted")
+        status, load = balance.status(), balance.expert_load(7)
+        if status.state not in ("idle", "planning", "moving") or load.placement.shape != balance.placement.shape:
+            raise RuleBrokenError(f"the balance of experts is told as {status} and {load}")
         for process in self.cluster.supervisor.processes.values():
             shuffles = process.run.shuffles if process.run is not None else None
             if shuffles is not None and not np.array_equal(shuffles.placement, balance.placement):

@@ -26,8 +26,9 @@ class Shape:
 
     ``growth_bytes``: how much memory each rank may take for experts of lost ranks, ``None``: as the engine chooses.
     ``redundant``: expert slots of a layer beyond one of each. ``balance``: how experts move, None: not at all;
-    ``transfer_s``: how long a part of one takes, ``plan_s``: how long a plan,
-    ``plan_trouble``: the chance that none comes of it, or late. ``silent_deaths``: the chance that nobody tells of a process that ended. ``kill_s``: how long a kill takes.
+    ``transfer_s``: how long a part of one takes, ``plan_s``: how long a plan, ``plan_trouble``: the chance that none
+    comes of it, or late; ``real_plans``: they are those of the policy, else anything that can be. ``silent_deaths``:
+    the chance that nobody tells of a process that ended. ``kill_s``: how long a kill takes.
     """
 
     layout: Layout
@@ -53,6 +54,7 @@ class Shape:
     transfer_s: float = 0.01
     plan_s: float = 0.1
     plan_trouble: float = 0.0
+    real_plans: bool = False
 
     @property
     def lockstep(self) -> bool:

@@ -15,10 +15,13 @@ from drumline.engine.core.balance.shuffle import Pace, ShuffleRun
 from drumline.engine.core.balance.window import LoadWindow
 from drumline.protocol.messages import Staged
 from tests.simulation.cluster.day import run_schedule
+from tests.simulation.cluster.faults import RankFault
 from tests.simulation.cluster.moving import make_moving_schedule
+from tests.simulation.cluster.schedule import OtherFault
+from tests.simulation.cluster.test_moving_faults import ASKED_AT, FOUR, moving_day
 from tests.simulation.worker import RuleBrokenError
 
-MOST_SCHEDULES = 100
+MOST_SCHEDULES = 30
 Patch = pytest.MonkeyPatch
 
 
@@ -47,15 +50,15 @@ def _home_before_all_have_answered(patch: Patch) -> None:
 
 
 def _next_layer_before_all_have_dropped_this(patch: Patch) -> None:
-    cancel = ShuffleRun.cancel
+    staged = ShuffleRun.staged
 
-    def only_one(run: ShuffleRun, why: str, now: float) -> None:
-        cancel(run, why, now)
+    def first_speaks_for_all(run: ShuffleRun, message: Staged) -> bool:
         layer = run._layer
-        if layer is not None and layer.message.generation and len(layer.waiting) == len(layer.ranks):
-            layer.waiting = {min(layer.waiting)}
+        if layer is not None and message.dropped:
+            layer.waiting &= {message.rank}
+        return staged(run, message)
 
-    patch.setattr(ShuffleRun, "cancel", only_one)
+    patch.setattr(ShuffleRun, "staged", first_speaks_for_all)
 
 
 def _all_in_one_round(patch: Patch) -> None:
@@ -132,16 +135,19 @@ def _plan_as_if_nothing_had_moved(patch: Patch) -> None:
 PLANTED: Sequence[Callable[[Patch], None]] = [
     _commit_without_all_staged,
     _home_before_all_have_answered,
-    _next_layer_before_all_have_dropped_this,
     _all_in_one_round,
     _too_much_beside_a_step,
     _forget_what_was_committed,
     _copies_from_where_the_expert_is_not,
-    _go_on_with_the_plan_of_an_older_epoch,
     _take_the_load_for_that_of_the_newest_placement,
     _read_from_disk_what_staging_buffers_hold,
     _plan_as_if_nothing_had_moved,
 ]
+
+
+def _run_seeds() -> None:
+    for seed in range(MOST_SCHEDULES):
+        run_schedule(make_moving_schedule(seed))
 
 
 @pytest.mark.parametrize("plant", PLANTED)
@@ -150,5 +156,19 @@ def test_a_planted_bug_is_caught_and_the_seed_that_replays_it_named(
 ) -> None:
     plant(monkeypatch)
     with pytest.raises(RuleBrokenError, match=r"seed (\d+) at [^\0]*cluster --experts --seed \1"):
-        for seed in range(MOST_SCHEDULES):
-            run_schedule(make_moving_schedule(seed))
+        _run_seeds()
+
+
+def test_a_layer_that_is_staged_before_all_have_dropped_the_one_before_is_caught(monkeypatch: Patch) -> None:
+    _next_layer_before_all_have_dropped_this(monkeypatch)
+    superseded = [OtherFault("given_rebalance", ASKED_AT + 0.15 * number) for number in range(1, 10)]
+    day = moving_day(FOUR, *superseded, plan_s=0.01, transfer_s=0.3)
+    with pytest.raises(RuleBrokenError, match="is under way"):
+        day.run()
+
+
+def test_a_plan_that_outlives_its_epoch_is_caught(monkeypatch: Patch) -> None:
+    _go_on_with_the_plan_of_an_older_epoch(monkeypatch)
+    day = moving_day(FOUR, RankFault("kill", 2, ASKED_AT - 1.0, "planning"), plan_s=0.5)
+    with pytest.raises((RuleBrokenError, IndexError)):
+        day.run()

@@ -56,6 +56,14 @@ def test_reports_that_cross_are_told_apart() -> None:
     assert window.load(8)[1].sum() == 12
 
 
+def test_ranks_of_a_stage_without_experts_are_not_waited_for() -> None:
+    stages = (*PLACES.stages, (2, 3))
+    window = LoadWindow(100, 4)
+    window.opened(ExpertPlaces(stages, PLACES.slots, PLACES.nodes, PLACES.layer_stage), START)
+    report(window, 4, [[5, 1, 2, 3, 7, 0], [0, 0, 0, 1, 0, 9]])
+    assert window.steps == 4
+
+
 def test_the_window_slides() -> None:
     window = opened(size=10)
     for step in range(1, 9):

@@ -121,7 +121,7 @@ def saved_load(folder: Path, tokens: np.ndarray[Any, Any]) -> Path:
 
 def test_a_recorded_load_is_planned_for(tmp_path: Path) -> None:
     tokens = np.ones((2, LAYERS, EXPERTS))
-    tokens[:, :, [3, 5, 7, 9]] = 50.0
+    tokens[:, :, [3, 5]] = 50.0
     placement = started_with(saved_load(tmp_path, tokens))
     slot_rank = np.repeat([0, 1], [10, 9]).astype(np.int32)
     assert placement.shape == (LAYERS, SLOTS)

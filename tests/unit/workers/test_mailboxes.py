@@ -165,3 +165,25 @@ def test_a_message_of_another_length_is_refused(ranks: Ranks) -> None:
     ranks.outboxes[0].isend(torch.zeros(3, dtype=torch.uint8), 1)
     with pytest.raises(ProtocolError, match="rank 4 sent 3 bytes in group test; this one expects 4"):
         ranks.outboxes[1].irecv(torch.zeros(4, dtype=torch.uint8), 0).wait()
+
+
+def test_a_box_has_room_until_as_many_messages_are_unread_as_it_has_slots(ranks: Ranks) -> None:
+    sender, reader = ranks.outboxes[0], ranks.outboxes[1]
+    for _ in range(OUTBOX_SLOTS):
+        assert sender.has_room(1)
+        sender.isend(torch.zeros(3, dtype=torch.uint8), 1)
+    assert not sender.has_room(1)
+    assert sender.has_room(2)
+    receive = reader.irecv(torch.empty(3, dtype=torch.uint8), 0)
+    assert receive.look(0.0)
+    assert sender.has_room(1)
+
+
+def test_who_only_looks_for_a_message_is_told_at_once_that_its_sender_has_gone(ranks: Ranks) -> None:
+    receive = ranks.outboxes[1].irecv(torch.empty(3, dtype=torch.uint8), 0)
+    began = time.perf_counter()
+    assert not any(receive.look(0.0) for _ in range(100))
+    assert time.perf_counter() - began < 0.1
+    ranks.mailboxes[0].leave()
+    with pytest.raises(PeerLost, match="it has left the epoch"):
+        receive.look(0.0)

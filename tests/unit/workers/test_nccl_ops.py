@@ -48,6 +48,14 @@ def test_an_operation_that_goes_on_is_left_after_a_slice_and_never_waited_for() 
     assert work.waits == 0
 
 
+def test_who_only_looks_is_not_kept_waiting() -> None:
+    work, done, began = Work(completed=False), Work(completed=True), time.monotonic()
+    assert poll_slice(work, 0.0) == ""
+    assert poll_slice(done, 0.0) is None
+    assert time.monotonic() - began < SLICE_S
+    assert (work.waits, done.waits) == (0, 1)
+
+
 def test_a_group_is_made_so_that_waits_raise_and_no_watchdog_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[str | None, int, int]] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from drumline.engine.core.balance.grid import F32, Bool, Grid, Index
+from drumline.protocol.messages import I32
 
 EVEN = 0.0025
 """A rank that takes this share more than the mean is left as it is."""
@@ -16,6 +17,8 @@ LEAST = 0.0005
 """A swap takes this share of the mean off the busier rank, or is not worth it."""
 FAR = 0.3
 """What a swap between nodes brings counts for so much less."""
+NEAR_TURNS = 6
+"""Of so many turns every other has pairs within nodes first; what is left then is not much."""
 
 
 def swap_once(grid: Grid, rows: Index, turn: int, budget: Index, stalled: Bool) -> Index:
@@ -33,7 +36,8 @@ def swap_once(grid: Grid, rows: Index, turn: int, budget: Index, stalled: Bool) 
 
 
 class _Swap:
-    """Each rank that is not busy is the partner of a busy one; a busy rank takes the best of its partners."""
+    """Each rank that is not busy is the partner of a busy one, every other turn of one on its own node if it can; a
+    busy rank takes the best of its partners."""
 
     def __init__(self, grid: Grid, rows: Index, load: F32, busy: Index, turn: int, wide: bool) -> None:
         order = np.argsort(load, axis=1, kind="stable")
@@ -43,6 +47,8 @@ class _Swap:
         count = count if wide else min(count, few)
         partner = np.arange(count)[None, :]
         which = (partner + turn) % busy[:, None]
+        if turn % 2 and turn < NEAR_TURNS and grid.on_node.shape[1] > 1:
+            which = _of_own_node(grid.nodes[order], busy, which)
         self._real = partner < grid.num_ranks - busy[:, None]
         self._grid, self._rows, self._row = grid, rows, rows[:, None]
         self._which = which
@@ -117,3 +123,14 @@ class _Swap:
         grid.weight[rows, busy, place], grid.weight[rows, partner, other] = less, more
         grid.load[rows, busy] += less - more
         grid.load[rows, partner] += more - less
+
+
+def _of_own_node(node: I32, busy: Index, which: Index) -> Index:
+    """``which`` (rows, pairs) busy rank each partner has, counted from the busiest; partners from the lightest: in its
+    place the next one that is on the partner's node, where there is one. ``node`` (rows, ranks): from the lightest;
+    ``busy`` (rows,): how many are."""
+    number = np.arange(int(busy.max()))
+    near = node[:, : which.shape[1], None] == node[:, ::-1][:, None, : len(number)]
+    near &= number < busy[:, None, None]
+    after = np.where(near, (number - which[:, :, None]) % len(number), len(number))
+    return np.where(near.any(axis=2), after.argmin(axis=2), which)

@@ -135,6 +135,16 @@ def test_a_copy_comes_from_the_node_of_its_receiver_where_that_has_one() -> None
         assert (source // 4 == RANK[slot] // 4) == (RANK[slot] // 4 in holders)
 
 
+def test_swaps_cross_nodes_less_often_than_partners_by_chance_would() -> None:
+    ranks, nodes, far, travel = 16, 2, 0, 0
+    for seed in range(4):
+        load = np.random.default_rng(seed).lognormal(0.0, 1.0, (8, 96))
+        plan = make_plan(even_request(load, 96, ranks, nodes), time.perf_counter)
+        far, travel = far + plan.cross_node_bytes, travel + plan.bytes_moved
+    chance = (ranks - ranks / nodes) / (ranks - 1)
+    assert 0 < far < 0.7 * chance * travel
+
+
 @pytest.mark.parametrize("policy", ["global", "hierarchical"])
 def test_the_published_policies_balance_as_published_and_move_no_more(policy: str) -> None:
     load, placement = _lognormal().astype(np.float32).astype(np.float64), _settled(_lognormal(5))

@@ -116,11 +116,10 @@ def _hierarchical(load: F32, num_replicas: int, num_groups: int, num_nodes: int,
     regrouped = (first[:, :, None] + np.arange(group_size)).reshape(layers, experts)
     expert = _inverse(regrouped)
     # Copies, a row for each node.
-    rows = np.take_along_axis(load, expert, axis=1).reshape(layers * num_nodes, per_node)
+    rows: F32 = np.take_along_axis(load, expert, axis=1).reshape(layers * num_nodes, per_node)
     item_of, nth, count = _replicate(rows, num_replicas // num_nodes)
     # Copies to the GPUs of their node.
-    share: F32 = rows / count.astype(np.float32)
-    each = np.take_along_axis(share, item_of, axis=1)
+    each: F32 = np.take_along_axis(np.divide(rows, count.astype(np.float32)), item_of, axis=1)
     gpu, place = _pack(each, num_gpus // num_nodes)
     order = _inverse(gpu * (num_replicas // num_gpus) + place)
     item = np.take_along_axis(item_of, order, axis=1).reshape(layers, num_nodes, -1)

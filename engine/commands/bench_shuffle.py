@@ -19,7 +19,7 @@ from drumline.engine.core.balance.plan import POLICIES
 from drumline.protocol.messages import Event
 
 DEFAULT_SIZES = (2, 4)
-WINDOW_SIZE = 256
+WINDOW_SIZE = 512
 NEVER = 1 << 30
 """Plans are made when they are asked for."""
 

@@ -86,7 +86,7 @@ def make(kind: str, times: int, layers: int, experts: int, seed: int) -> F64:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="expert_loads", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="expert_loads", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/expert_loads"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--times", type=int, default=8)

@@ -19,7 +19,7 @@ COMMAND = [sys.executable, "-c", "from drumline.engine.cli import main; main()",
 
 
 def test_json_on_stdout_holds_plans_moves_and_latencies(mark: str) -> None:
-    arguments = ["-dp", "2", "--streams", "4", "--seconds", "2", "--window", "1", "--window-size", "32", "--json"]
+    arguments = ["-dp", "2", "--streams", "4", "--seconds", "1", "--window", "0.5", "--window-size", "32", "--json"]
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

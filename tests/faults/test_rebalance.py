@@ -28,7 +28,7 @@ async def test_coordinator_and_planner_may_be_killed_and_a_rank_stopped(mark: st
         assert shuffles.done == ["planner", "coordinator", "stopped"]
 
 
-@pytest.mark.parametrize(("layout", "point", "rank"), [("dp4-ep", "commit", 2)])
+@pytest.mark.parametrize(("layout", "point", "rank"), [("pp2-dp2-ep", "commit", 3)])
 async def test_a_rank_may_be_killed_in_other_layouts(mark: str, layout: str, point: str, rank: int) -> None:
     async with Shuffles.of(balanced(layout)) as shuffles:
         await shuffles.kill_at(point, rank)

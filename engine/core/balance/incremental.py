@@ -42,8 +42,8 @@ def improve(standing: I32Matrix, seen: Forecast, slots: I32, nodes: I32, limits:
     rank may come to another slot.
     """
     slot_rank = np.repeat(np.arange(len(slots), dtype=np.int32), slots)
-    repaired = repair(standing, seen.load, slot_rank, nodes)
-    grid = Grid(repaired, seen.load, slots, nodes)
+    repaired = repair(standing, seen.demand, slot_rank, nodes)
+    grid = Grid(repaired, seen.demand, slots, nodes)
     must = ((repaired != standing) & (repaired >= 0)).sum(axis=1)
     rows = np.flatnonzero(uneven(seen, repaired, slot_rank))
     search = _Search(grid, rows, max(limits.most - int(must.sum()), 0))

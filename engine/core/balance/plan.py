@@ -47,12 +47,14 @@ class PlanRequest(msgspec.Struct, array_like=True, frozen=True, gc=False):
 class PlacementPlan(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The answer. ``placement``: int32 (layers, slots), the one that stands where nothing is worth moving; an expert
     that stays on its rank stays in its slot. ``moves``: int32 (n, 4): layer, slot, the rank that the copy comes from
-    (the receiver itself: a local copy) and the copy's slot, counted over all ranks; by layer.
+    (the receiver itself: a local copy; -1: the checkpoint, which only a plan with dead ranks needs) and the copy's
+    slot, counted over all ranks; by layer.
 
-    ``balancedness_before`` and ``balancedness``: on the mean load of the snapshots, each copy of an expert taking an
-    even share. ``slots_moved``: how many get another expert; ``bytes_moved``: between ranks; ``cross_node_bytes``: of
-    those between hosts. ``single_copy``: experts, over all layers, with one copy on a live rank. ``reason``: one
-    sentence for people. ``error``: why there is no plan, empty when there is one.
+    ``balancedness_before`` and ``balancedness``: on the load planned for, which is the mean of the snapshots, or for
+    ``incremental`` what they let expect; each copy of an expert takes an even share. ``slots_moved``: how many get
+    another expert; ``bytes_moved``: between ranks; ``cross_node_bytes``: of those between hosts. ``single_copy``:
+    experts, over all layers, with one copy on a live rank. ``reason``: one sentence for people. ``error``: why there is
+    no plan, empty when there is one.
     """
 
     number: int

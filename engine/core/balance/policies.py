@@ -23,26 +23,27 @@ def make_plan(request: PlanRequest, clock: Callable[[], float]) -> PlacementPlan
 
     ``global`` and ``hierarchical`` give the published placement (:func:`rebalance_experts`) for the mean load of the
     snapshots, but with the GPUs of a node, and the slots of a GPU, in another order where more experts stay where they
-    are: balance is the same, moves are fewer. They take even slots on all ranks, and none dead. Budgets do not bind
-    them. ``incremental`` plans for what the snapshots let expect. A ``target`` is taken as it is.
+    are: balance is the same, moves are fewer. They take as many slots on each live rank. Budgets do not bind them.
+    ``incremental`` plans for what the snapshots let expect (:func:`forecast`), a layer only where its balancedness, or
+    that of all layers in the mean, rises by ``min_gain``; what must be (every expert somewhere, none twice on a rank)
+    is done in any case. A ``target`` is taken as it is.
 
     Raises InvalidConfig for a request that does not fit together.
     """
     began = clock()
     live = live_ranks(request)
     try:
+        load, reason = request.snapshots().mean(axis=0), ""
         if len(request.target):
-            seen = Forecast(request.snapshots().mean(axis=0), 0.0, False)
             placement, reason = request.target, "as asked for"
         elif request.policy == "incremental":
             seen = forecast(request.snapshots())
-            placement, reason = _incremental(request, seen, live), ""
+            load, placement = seen.load, _incremental(request, seen, live)
         else:
-            seen = Forecast(request.snapshots().mean(axis=0), 0.0, False)
-            placement, reason = published(request, seen.load, live), ""
+            placement = published(request, load, live)
     except InvalidConfig as error:
         return PlacementPlan(request.number, request.placement, error=error.text, solve_ms=(clock() - began) * 1e3)
-    plan = _describe(request, seen.load, live, placement, reason)
+    plan = _describe(request, load, live, placement, reason)
     return msgspec.structs.replace(plan, solve_ms=(clock() - began) * 1e3)
 
 

@@ -17,7 +17,6 @@ from drumline.engine.core.balance.places import ExpertPlaces
 from drumline.protocol.messages import I32, CancelStage, I32Matrix, Shuffle, Staged, StageExperts, ToWorker
 from drumline.protocol.rounds import pair_rounds
 
-
 MOST_PARTS = 8
 """Beside one step. A rank holds up to 64 messages of another unread, and several steps are in flight."""
 

@@ -13,7 +13,7 @@ BUSY = 0.5
 LEAST = 0.0005
 """A swap takes this share of the mean off the busier rank, or is not worth it."""
 FAR = 0.3
-"""A swap within a node may leave the busier rank with this share of the mean more than one between nodes would."""
+"""What a swap between nodes brings counts for so much less."""
 
 
 def swap_once(grid: Grid, rows: Index, turn: int, budget: Index, stalled: Bool) -> Index:
@@ -79,7 +79,7 @@ class _Swap:
         """(rows, pairs, places): whether the expert there cannot go to the other rank."""
         grid, row = self._grid, self._row[:, :, None]
         experts = grid.expert[self._row, start]
-        stuck = grid.holds(row, end[:, :, None], experts) | (experts == grid.experts)
+        stuck: Bool = grid.holds(row, end[:, :, None], experts) | (experts == grid.experts)
         stuck |= grid.crowds(row, experts, start[:, :, None], end[:, :, None])
         return stuck
 

@@ -17,11 +17,11 @@ from drumline.protocol.messages import Event
 from drumline.protocol.status import EplbStatus
 
 WITHIN_S = 60.0
-WINDOW = 96
+WINDOW = 64
 EPLB = EPLBConfig(num_redundant_experts=4, window_size=WINDOW, step_interval=2 * WINDOW, load_interval=8)
 BALANCED = EngineConfig(
     "demo",
-    parallel=ParallelConfig(data_parallel_size=4, enable_expert_parallel=True, enable_eplb=True, eplb_config=EPLB),
+    parallel=ParallelConfig(data_parallel_size=2, enable_expert_parallel=True, enable_eplb=True, eplb_config=EPLB),
 )
 
 

@@ -13,7 +13,7 @@ from drumline.engine.core.balance.plan import PlacementPlan, PlanRequest
 from drumline.engine.core.balance.policies import make_plan
 from tests.unit.core.balance_requests import carry_out, held, repairs, requests, slot_rank
 
-EXAMPLES = settings(max_examples=120, deadline=None)
+EXAMPLES = settings(max_examples=80, deadline=None)
 
 
 def _plan(request: PlanRequest) -> PlacementPlan | None:
@@ -95,8 +95,8 @@ def test_copies_are_on_as_many_nodes_as_before_or_as_there_are_copies(request: P
     nodes = request.nodes[slot_rank(request)]
     for before, after in zip(request.placement, plan.placement, strict=True):
         for expert in range(request.load.shape[1]):
-            was, now = set(nodes[before == expert].tolist()), set(nodes[after == expert].tolist())
-            assert len(now) >= min(len(was), np.count_nonzero(after == expert))
+            was, now = (len(np.unique(nodes[one == expert])) for one in (before, after))
+            assert now >= min(was, int((after == expert).sum()))
 
 
 @EXAMPLES

@@ -264,8 +264,8 @@ class StagedWorld:
                 for slot in range(layer.num_slots):
                     assert layer.weights(slot)[0].data_ptr() == layer.row(slot)[0].data_ptr()
         assert not any(self.office.boxes.values())
-        for layer in range(LAYERS):
-            assert len({layers[layer].generation for layers in self.layers}) == 1, "a mixed layer"
+        for number in range(LAYERS):
+            assert len({layers[number].generation for layers in self.layers}) == 1, "a mixed layer"
 
     def least_bytes(self, before: I32Matrix, after: I32Matrix) -> int:
         """Bytes of each expert that a rank needs and does not have, once."""

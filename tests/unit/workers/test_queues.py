@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 
 from drumline.protocol.errors import EngineClosed
-from drumline.protocol.messages import Configure, FromWorker, Leave, Load, Loaded, Shutdown, Step, StepDone
+from drumline.protocol.messages import (
+    NO_FETCHES,
+    CancelStage,
+    Configure,
+    FromWorker,
+    Leave,
+    Load,
+    Loaded,
+    Shutdown,
+    StageExperts,
+    Step,
+    StepDone,
+)
 from drumline.workers import outbox
 from drumline.workers.abort import AbortFlag
 from drumline.workers.inbox import INBOX_LIMIT, CoordinatorLost, Inbox
@@ -55,6 +67,19 @@ def await_entries(box: Outbox, count: int) -> None:
     while len(box) < count:
         assert time.monotonic() < deadline, f"{len(box)} of {count}"
         time.sleep(0.001)
+
+
+def test_who_has_something_else_to_look_after_waits_for_an_order_no_longer_than_it_says() -> None:
+    abort = AbortFlag()
+    inbox = Inbox(abort)
+    assert inbox.get(0.001) is None
+    abort.abort_before(1, 2, "a newer one")
+    for order in (StageExperts(1, 1, 1, 0, NONE, NO_FETCHES, NONE), CancelStage(1, 1, 1)):
+        assert inbox.put(order)
+    assert inbox.get(0.001) is None
+    assert inbox.stale == 2
+    assert inbox.put(a_step(0, 2))
+    assert isinstance(inbox.get(0.001), Step)
 
 
 def test_orders_of_an_epoch_that_was_overtaken_are_passed_by_and_counted() -> None:

@@ -888,8 +888,9 @@ class FaultsInjected(Message, frozen=True, tag=83):
 
 class RebalanceReport(Part, frozen=True):
     """What became of a plan for the experts. ``outcome``: moved, unchanged (not worth it, or nothing to do), cancelled
-    (some layers may have been moved) or failed; ``reason`` says why. Balancedness is the mean over layers of (mean rank
-    load / max rank load) by the load that was planned for: of the placement before, and of the planned one.
+    (some layers may have been moved) or failed; ``reason`` says why. ``policy``: who planned, "given" for a placement
+    that was asked for, "" where there is no plan. Balancedness is the mean over layers of (mean rank load / max rank
+    load) by the load that was planned for: of the placement before, and of the planned one.
 
     ``moves``: int32 (n, 4): MoE layer, physical slot, the expert that it had, the one that it got. ``slots_moved`` and
     ``bytes_moved`` count what was carried out, bytes between ranks alone. ``single_copy``: experts, over all layers,

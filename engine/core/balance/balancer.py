@@ -43,6 +43,8 @@ SNAPSHOTS = 8
 """How many a policy is given: it plans for their spread, not only for their mean."""
 FIRST_SHARE = 4
 """The first plan is made after a quarter of the interval."""
+GIVEN = "given"
+"""In place of a policy, for a placement that somebody asked for."""
 SETTLE_S = 2.0
 """Ranks that have changed may change again at once: one that was lost comes back."""
 
@@ -67,11 +69,12 @@ class _Next:
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A plan that is being made since ``since``. ``callers``: who asked for it."""
+    """A plan that is being made since ``since``. ``callers``: who asked for it; ``policy``: who makes it."""
 
     number: int
     callers: list[int]
     since: float
+    policy: str
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +86,7 @@ class _Run:
     before: I32Matrix
     callers: list[int]
     since: float
+    policy: str
 
 
 class Balancer:
@@ -187,7 +191,8 @@ class Balancer:
         self._plan_at = None
         self._steps_until_plan = self.config.step_interval
         self._requests += 1
-        self._asked = _Asked(self._requests, callers, now)
+        policy = GIVEN if len(target) else self.config.policy
+        self._asked = _Asked(self._requests, callers, now, policy)
         _, tokens = self._window.load(SNAPSHOTS)
         self._out.append(PlanWanted(self._request(target, tokens)))
 
@@ -222,11 +227,11 @@ class Balancer:
         self._ledger.plans += 1
         if plan.error or not len(plan.moves):
             outcome = "failed" if plan.error else "unchanged"
-            self._answer(asked.callers, report_of(plan, outcome, plan.error, now - asked.since))
+            self._answer(asked.callers, report_of(plan, asked.policy, outcome, plan.error, now - asked.since))
         else:
             layers = layer_plans(plan.placement, plan.moves, places)
             run = ShuffleRun(layers, places, self._pace, self._term, self._epoch, self._generation)
-            self._run = _Run(run, plan, self.placement, asked.callers, asked.since)
+            self._run = _Run(run, plan, self.placement, asked.callers, asked.since, asked.policy)
             self._out.append(Log(f"eplb: {plan.reason}"))
         self._proceed(now)
 
@@ -247,7 +252,7 @@ class Balancer:
         moved = run.shuffle.moved
         self._ledger.slots_moved += moved.slots
         self._ledger.bytes_moved += moved.bytes
-        report = report_of(run.plan, outcome, why, now - run.since)
+        report = report_of(run.plan, run.policy, outcome, why, now - run.since)
         self._answer(run.callers, carried_out(report, moved, run.before, self.placement))
 
     def _answer(self, callers: list[int], report: RebalanceReport) -> None:

@@ -65,7 +65,7 @@ def test_the_end_of_a_plan_is_answered_with_what_was_moved() -> None:
     ((callers, report),) = driven.answers
     assert callers == (9,)
     assert (report.outcome, report.reason, report.slots_moved, report.layers) == ("moved", "planned", 2, 2)
-    assert report.bytes_moved == 400  # as the ranks said
+    assert (report.policy, report.bytes_moved) == ("incremental", 400)  # as the ranks said
     assert report.moves.tolist() == [[0, 4, 0, 2], [1, 0, 0, 3]]
     assert (driven.balancer.placement == OTHER).all()
     status = driven.balancer.status()
@@ -215,6 +215,8 @@ def test_a_given_placement_is_passed_on_and_checked() -> None:
     driven.balancer.rebalance(9, OTHER, 0.0)
     driven.collect()
     assert (driven.requests[0].target == OTHER).all()
+    driven.planned(answer(driven.requests[0], OTHER, NO_FETCHES))
+    assert [report.policy for _, report in driven.answers] == ["given"]
     for wrong, found in ((OTHER[:, :5], "(2, 5)"), (OTHER + 2, "2 to 5"), (np.zeros_like(OTHER), "expert 1 of MoE")):
         with pytest.raises(InvalidConfig, match="plan") as caught:
             driven.balancer.rebalance(9, wrong, 0.0)

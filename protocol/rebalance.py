@@ -36,10 +36,17 @@ def rebalance_experts(
         GPU; ``logical_to_physical_map`` (layers, experts, num_replicas - experts + 1), the slots of each expert, -1
         where there are no more; ``expert_count`` (layers, experts), how many.
 
-    Raises InvalidConfig, a ValueError, for sizes that do not divide, naming the argument.
+    Raises InvalidConfig, a ValueError, for what is no load and sizes that do not divide, naming the argument.
     """
-    load = np.asarray(weight, dtype=np.float32)
-    if num_nodes >= 1 and num_groups >= 1 and num_groups % num_nodes:
+    try:
+        load = np.asarray(weight, dtype=np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InvalidConfig("weight", type(weight).__name__, "an array of numbers (layers, experts)") from error
+    sizes = {"num_replicas": num_replicas, "num_groups": num_groups, "num_nodes": num_nodes, "num_gpus": num_gpus}
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+            raise InvalidConfig(name, size, "a whole number from 1")
+    if num_groups % num_nodes:
         num_groups = num_nodes = 1
     _check(load, num_replicas, num_groups, num_nodes, num_gpus)
     physical, nth, count = _hierarchical(load, num_replicas, num_groups, num_nodes, num_gpus)
@@ -54,10 +61,6 @@ def _check(load: F32, num_replicas: int, num_groups: int, num_nodes: int, num_gp
         raise InvalidConfig("weight", f"an array {load.shape}", "(layers, experts)")
     if not np.isfinite(load).all() or (load < 0).any():
         raise InvalidConfig("weight", "numbers below 0 or not finite", "finite numbers from 0")
-    sizes = {"num_replicas": num_replicas, "num_groups": num_groups, "num_nodes": num_nodes, "num_gpus": num_gpus}
-    for name, size in sizes.items():
-        if size < 1:
-            raise InvalidConfig(name, size, "a whole number from 1")
     experts = load.shape[1]
     if num_replicas < experts:
         raise InvalidConfig("num_replicas", num_replicas, f"{experts} or more, one slot for each expert")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -59,16 +61,71 @@ def test_groups_that_do_not_divide_by_nodes_do_not_matter() -> None:
         ((16, 4, 2, 7), "num_gpus: found 7; valid: a multiple of the 2 nodes"),
         ((16, 4, 0, 8), "num_nodes: found 0; valid: a whole number from 1"),
         ((16, 0, 2, 8), "num_groups: found 0; valid: a whole number from 1"),
+        ((16, 4, 2, None), "num_gpus: found None; valid: a whole number from 1"),
+        ((16.0, 4, 2, 8), "num_replicas: found 16.0; valid: a whole number from 1"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused_by_name(sizes: tuple[int, int, int, int], text: str) -> None:
+def test_sizes_that_do_not_divide_are_refused_by_name(sizes: tuple[Any, ...], text: str) -> None:
     with pytest.raises(InvalidConfig) as caught:
         rebalance_experts(LOAD, *sizes)
     assert isinstance(caught.value, ValueError)
     assert caught.value.text == text
 
 
-@pytest.mark.parametrize("weight", [[1.0, 2.0], [[]], [[1.0, float("nan")]], [[1.0, -1.0]]])
-def test_what_is_no_load_is_refused(weight: object) -> None:
+@pytest.mark.parametrize(
+    "weight", [[1.0, 2.0], [[]], [[1.0, float("nan")]], [[1.0, -1.0]], [["a", "b"]], [[1.0, 2.0], [1.0]]]
+)
+def test_what_is_no_load_is_refused(weight: Any) -> None:
     with pytest.raises(InvalidConfig, match="weight"):
-        rebalance_experts(np.asarray(weight), 4, 1, 1, 2)
+        rebalance_experts(weight, 4, 1, 1, 2)
+
+
+def _pack(loads: list[np.float32], packs: int) -> list[tuple[int, int]]:
+    size = len(loads) // packs
+    if size == 1:
+        return [(item, 0) for item in range(len(loads))]
+    total, filled = [np.float32(0)] * packs, [0] * packs
+    where = [(0, 0)] * len(loads)
+    for item in sorted(range(len(loads)), key=lambda one: -loads[one]):
+        pack = min((one for one in range(packs) if filled[one] < size), key=lambda one: total[one])
+        where[item] = pack, filled[pack]
+        filled[pack] += 1
+        total[pack] += loads[item]
+    return where
+
+
+def _copied(loads: list[np.float32], slots: int) -> tuple[list[int], list[int]]:
+    items, count = list(range(len(loads))), [1] * len(loads)
+    while len(items) < slots:
+        busiest = max(range(len(loads)), key=lambda one: loads[one] / np.float32(count[one]))
+        items.append(busiest)
+        count[busiest] += 1
+    return items, count
+
+
+def _in_loops(load: Any, slots: int, groups: int, nodes: int, gpus: int) -> list[int]:
+    """The published description for one layer, an item at a time."""
+    if groups % nodes:
+        groups = nodes = 1
+    size, of_gpu, of_node = len(load) // groups, slots // gpus, slots // nodes
+    where = _pack([load[one * size : (one + 1) * size].sum() for one in range(groups)], nodes)
+    placement = [-1] * slots
+    for node in range(nodes):
+        own = sorted((place, group) for group, (its, place) in enumerate(where) if its == node)
+        experts = [group * size + one for _, group in own for one in range(size)]
+        items, count = _copied([load[one] for one in experts], of_node)
+        shares = [load[experts[one]] / np.float32(count[one]) for one in items]
+        for item, (gpu, place) in zip(items, _pack(shares, gpus // nodes), strict=True):
+            placement[node * of_node + gpu * of_gpu + place] = experts[item]
+    return placement
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_one_item_after_the_other_comes_to_the_same_also_with_ties(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    nodes, groups, size = (int(one) for one in random.integers(1, (5, 9, 8)))
+    gpus = nodes * int(random.integers(1, 5))
+    slots = gpus * (-(-groups * size // gpus) + int(random.integers(0, 4)))
+    load = random.integers(0, 4 if seed % 2 else 1000, (2, groups * size)).astype(np.float32)
+    physical = rebalance_experts(load, slots, groups, nodes, gpus)[0]
+    assert physical.tolist() == [_in_loops(row, slots, groups, nodes, gpus) for row in load]

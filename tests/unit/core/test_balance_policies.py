@@ -135,6 +135,19 @@ def test_a_copy_comes_from_the_node_of_its_receiver_where_that_has_one() -> None
         assert (source // 4 == RANK[slot] // 4) == (RANK[slot] // 4 in holders)
 
 
+@pytest.mark.parametrize(("ranks", "nodes"), [(8, 2), (16, 4)])
+def test_copies_come_to_different_nodes_and_stay_there(ranks: int, nodes: int) -> None:
+    placement, node = None, np.repeat(np.arange(nodes), SLOTS // nodes)
+    for seed in range(4):
+        request = even_request(_lognormal(seed), SLOTS, ranks, nodes, placement=placement)
+        placement = make_plan(request, time.perf_counter).placement
+        for before, after in zip(request.placement, placement, strict=True):
+            for expert in range(EXPERTS):
+                was, now = (len(set(node[one == expert].tolist())) for one in (before, after))
+                had, has = (np.count_nonzero(one == expert) for one in (before, after))
+                assert now >= min(was + max(has - had, 0), has, nodes)
+
+
 def test_swaps_cross_nodes_less_often_than_partners_by_chance_would() -> None:
     ranks, nodes, far, travel = 16, 2, 0, 0
     for seed in range(4):

@@ -210,6 +210,16 @@ def test_other_ranks_are_planned_for_once_they_have_settled() -> None:
     assert len(driven.requests) == 1
 
 
+def test_tokens_of_a_slot_are_those_of_its_new_expert_after_the_commit() -> None:
+    driven = staged()
+    commit = driven.step
+    assert driven.plan_step() == Shuffle(1, commit=True)
+    for step in (commit, commit + 1):
+        driven.done(step, load=[[0, 0, 0, 0, 7, 0], [0, 0, 0, 0, 0, 0]], steps=1)
+    tokens = driven.balancer.expert_load(1).tokens.reshape(2, 2, 4)
+    assert tokens[:, 0].tolist() == [[7, 0, 0, 0], [0, 0, 7, 0]]
+
+
 def test_a_given_placement_is_passed_on_and_checked() -> None:
     driven = Driven()
     driven.balancer.rebalance(9, OTHER, 0.0)

@@ -42,9 +42,14 @@ def rebalance_experts(
         load = np.asarray(weight, dtype=np.float32)
     except (ValueError, TypeError, OverflowError) as error:
         raise InvalidConfig("weight", type(weight).__name__, "an array of numbers (layers, experts)") from error
-    sizes = {"num_replicas": num_replicas, "num_groups": num_groups, "num_nodes": num_nodes, "num_gpus": num_gpus}
+    sizes: dict[str, object] = {
+        "num_replicas": num_replicas,
+        "num_groups": num_groups,
+        "num_nodes": num_nodes,
+        "num_gpus": num_gpus,
+    }
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
             raise InvalidConfig(name, size, "a whole number from 1")
     if num_groups % num_nodes:
         num_groups = num_nodes = 1

@@ -225,12 +225,14 @@ def test_a_given_placement_is_passed_on_and_checked() -> None:
     driven.balancer.rebalance(9, OTHER, 0.0)
     driven.collect()
     assert (driven.requests[0].target == OTHER).all()
-    driven.planned(answer(driven.requests[0], OTHER, NO_FETCHES))
-    assert [report.policy for _, report in driven.answers] == ["given"]
     for wrong, found in ((OTHER[:, :5], "(2, 5)"), (OTHER + 2, "2 to 5"), (np.zeros_like(OTHER), "expert 1 of MoE")):
         with pytest.raises(InvalidConfig, match="plan") as caught:
             driven.balancer.rebalance(9, wrong, 0.0)
         assert found in str(caught.value)
+    driven.planned(answer(driven.requests[0]))
+    driven.balancer.closed("a rank is lost", 0.0)
+    driven.collect()
+    assert [(report.policy, report.outcome) for _, report in driven.answers] == [("given", "cancelled")]
 
 
 def test_words_that_nobody_waits_for_are_refused() -> None:

@@ -64,7 +64,7 @@ class BalanceDesk:
         self._failed = failed
         self._callers: dict[int, _Caller] = {}
         self._numbers = 0
-        self._plans: set[asyncio.Task[None]] = set()
+        self._plans: list[asyncio.Task[None]] = []
         self._recorder = _Recorder(record_path, tell) if record_path is not None else None
         balance = coordination.balance
         self._planner = Planner(balance.balancer.config.plan_deadline_s) if balance is not None else None
@@ -150,8 +150,11 @@ class BalanceDesk:
         if self._recorder is not None:
             self._recorder.write(balance.expert_load(0))
         work = self._plan(balance, self._planner, output.request)
+        # The oldest is being solved; nobody wants what waits behind it any more, and it must not take the newest's turn.
+        for superseded in self._plans[1:]:
+            superseded.cancel()
         task = asyncio.get_running_loop().create_task(work, name="expert planning")
-        self._plans.add(task)
+        self._plans.append(task)
         task.add_done_callback(self._planned)
 
     async def _plan(self, balance: ExpertBalance, planner: Planner, request: PlanRequest) -> None:
@@ -162,7 +165,7 @@ class BalanceDesk:
         self._changed(now)
 
     def _planned(self, task: asyncio.Task[None]) -> None:
-        self._plans.discard(task)
+        self._plans.remove(task)
         if not task.cancelled() and task.exception() is not None:
             self._failed(task)
 

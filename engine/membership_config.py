@@ -78,6 +78,8 @@ def _stages(resolved: ResolvedConfig) -> tuple[int, ...]:
 
 
 def _slot_bytes(resolved: ResolvedConfig) -> tuple[int, ...]:
-    """Bytes of one expert slot in all layers of each stage."""
+    """Bytes of one expert slot in all layers of each stage, and of the staging buffer that comes with it."""
     one, of_layer = _expert_bytes(resolved), _stages(resolved)
-    return tuple(one * of_layer.count(stage) for stage in range(resolved.layout.pipeline_parallel_size))
+    counts = [of_layer.count(stage) for stage in range(resolved.layout.pipeline_parallel_size)]
+    staging = balances(resolved.config.parallel, resolved.layout)
+    return tuple(one * (count + staging) if count else 0 for count in counts)

@@ -15,6 +15,8 @@ from drumline.protocol.errors import InvalidConfig
 F32: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 I64: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
+LARGEST = 1e38
+
 
 def rebalance_experts(
     weight: ArrayLike, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
@@ -36,10 +38,12 @@ def rebalance_experts(
         GPU; ``logical_to_physical_map`` (layers, experts, num_replicas - experts + 1), the slots of each expert, -1
         where there are no more; ``expert_count`` (layers, experts), how many.
 
-    Raises InvalidConfig, a ValueError, for sizes that do not divide, naming the argument.
+    Raises InvalidConfig, a ValueError, for sizes that do not divide and loads that are no numbers, naming the argument.
     """
-    load = np.asarray(weight, dtype=np.float32)
-    if num_nodes >= 1 and num_groups >= 1 and num_groups % num_nodes:
+    load = _load(weight)
+    num_replicas, num_groups = _size("num_replicas", num_replicas), _size("num_groups", num_groups)
+    num_nodes, num_gpus = _size("num_nodes", num_nodes), _size("num_gpus", num_gpus)
+    if num_groups % num_nodes:
         num_groups = num_nodes = 1
     _check(load, num_replicas, num_groups, num_nodes, num_gpus)
     physical, nth, count = _hierarchical(load, num_replicas, num_groups, num_nodes, num_gpus)
@@ -49,15 +53,32 @@ def rebalance_experts(
     return physical, logical, count
 
 
-def _check(load: F32, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> None:
-    if load.ndim != 2 or load.shape[1] < 1:
-        raise InvalidConfig("weight", f"an array {load.shape}", "(layers, experts)")
-    if not np.isfinite(load).all() or (load < 0).any():
+def _load(weight: ArrayLike) -> F32:
+    """float32 (layers, experts)."""
+    try:
+        found = np.asarray(weight)
+    except (ValueError, TypeError) as error:
+        raise InvalidConfig("weight", type(weight).__name__, "(layers, experts)") from error
+    if found.ndim != 2 or not found.size:
+        raise InvalidConfig("weight", f"an array {found.shape}", "(layers, experts)")
+    if found.dtype.kind not in "biuf":
+        raise InvalidConfig("weight", f"{found.dtype}", "finite numbers from 0")
+    wrong = ~np.isfinite(found) | (found < 0)
+    if wrong.any():
         raise InvalidConfig("weight", "numbers below 0 or not finite", "finite numbers from 0")
-    sizes = {"num_replicas": num_replicas, "num_groups": num_groups, "num_nodes": num_nodes, "num_gpus": num_gpus}
-    for name, size in sizes.items():
-        if size < 1:
-            raise InvalidConfig(name, size, "a whole number from 1")
+    # Sums of a layer are taken in float32, and have to be numbers there.
+    if found.astype(np.float64).sum(axis=1).max() > LARGEST:
+        raise InvalidConfig("weight", f"{found.max()}", f"numbers of which a layer has {LARGEST:g} at most in all")
+    return found.astype(np.float32)
+
+
+def _size(name: str, size: object) -> int:
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        raise InvalidConfig(name, size, "a whole number from 1")
+    return int(size)
+
+
+def _check(load: F32, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> None:
     experts = load.shape[1]
     if num_replicas < experts:
         raise InvalidConfig("num_replicas", num_replicas, f"{experts} or more, one slot for each expert")

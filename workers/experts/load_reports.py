@@ -34,7 +34,9 @@ class LoadReports:
         if self._told is None:
             return NO_MATRIX, 0
         counts, steps, self._steps = self._counts(), self._steps, 0
-        since: I32Matrix = (counts - self._told).cpu().numpy().astype(np.int32)
+        # Very long intervals may count more than travels: a negative load would be the end of this rank.
+        most = torch.iinfo(torch.int32).max
+        since: I32Matrix = (counts - self._told).clamp(max=most).cpu().numpy().astype(np.int32)
         self._told = counts
         return since, steps
 

@@ -59,7 +59,8 @@ class StagedLayer:
         self._next = 0
         self._next_home = 0
         self._home: set[int] = set()
-        self._outgoing: deque[tuple[int, Tensor]] = deque()
+        #: Moves whose part is still to be sent. It is cut when it goes: copies that wait would fill the memory.
+        self._outgoing: deque[tuple[Move, int]] = deque()
         self._sends: list[PendingSend] = []
         self._coming: list[_Coming] = []
         arriving = [move for moves in rounds for move in moves if move.target == me]
@@ -120,29 +121,30 @@ class StagedLayer:
                     self._start(move, part, group)
 
     def _start(self, move: Move, part: int, group: GroupCoordinator | None) -> None:
-        layer, parts = self.layer, self._parts
-        message: Tensor | None = None
-        if move.source == self._me:
-            message = cut_part(layer.weights(move.source_slot), parts, part, int(layer.canary[move.source_slot]))
-        if move.target == move.source and message is not None:
-            self._arrived(self._buffers[move.slot], part, message)
+        if move.target == move.source:
+            self._arrived(self._buffers[move.slot], part, self._cut(move, part))
             return
         if group is None:
             raise ProtocolError(f"an expert goes from rank {move.source} to rank {move.target}, and they have no group")
-        if message is not None:
-            self._outgoing.append((move.target, message))
+        if move.source == self._me:
+            self._outgoing.append((move, part))
             self._send(group)
             return
         buffer = self._buffers[move.slot]
-        nbytes = part_size(self._pool.buffer(buffer), parts, part)
+        nbytes = part_size(self._pool.buffer(buffer), self._parts, part)
         pending = group.irecv((nbytes,), torch.uint8, move.source)
         self._coming.append(_Coming(pending, move.source, buffer, part))
 
+    def _cut(self, move: Move, part: int) -> Tensor:
+        """What stands in a slot changes only once all has been sent."""
+        slot = move.source_slot
+        return cut_part(self.layer.weights(slot), self._parts, part, int(self.layer.canary[slot]))
+
     def _send(self, group: GroupCoordinator) -> None:
         # Two ranks that each wait until the other one reads would wait for good: what finds no room waits here.
-        while self._outgoing and group.has_room(self._outgoing[0][0]):
-            target, message = self._outgoing.popleft()
-            self._sends.append(group.isend(message, target))
+        while self._outgoing and group.has_room(self._outgoing[0][0].target):
+            move, part = self._outgoing.popleft()
+            self._sends.append(group.isend(self._cut(move, part), move.target))
 
     def poll(self, group: GroupCoordinator | None) -> None:
         """Send what has found no room yet, take in what has come; waits for nobody. Raises ProtocolError for an expert

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from drumline.engine.core.balance.answers import wrong_with
 from drumline.engine.core.balance.config import BalanceConfig
 from drumline.engine.core.balance.places import ExpertPlaces
 from drumline.engine.core.balance.plan import PlacementPlan, PlanRequest
@@ -220,7 +221,10 @@ class Balancer:
             return
         self._asked = None
         self._ledger.plans += 1
-        if plan.error or not len(plan.moves):
+        wrong = "" if plan.error else wrong_with(plan, self.placement, places.slot_rank, self._num_experts)
+        if wrong:
+            self._answer(asked.callers, untouched("failed", f"the planner's answer is no plan: {wrong}"))
+        elif plan.error or not len(plan.moves):
             outcome = "failed" if plan.error else "unchanged"
             self._answer(asked.callers, report_of(plan, outcome, plan.error, now - asked.since))
         else:
@@ -338,5 +342,6 @@ class Balancer:
         steps, tokens = self._window.load(SNAPSHOTS)
         if not len(steps):
             return ExpertLoad(call_id, len(self.placement), steps, NO_MATRIX, self.placement)
-        flat = np.rint(tokens.reshape(-1, self._num_experts)).astype(np.int32)
+        # A window of millions of steps may have counted more than travels.
+        flat = np.minimum(np.rint(tokens.reshape(-1, self._num_experts)), np.iinfo(np.int32).max).astype(np.int32)
         return ExpertLoad(call_id, tokens.shape[1], steps, flat, self.placement)

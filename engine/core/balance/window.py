@@ -17,16 +17,29 @@ from drumline.protocol.messages import I32, I32Matrix
 
 F64 = np.ndarray[Any, np.dtype[np.float64]]
 
+FINENESS = 64
+"""Reports are joined up to this part of the window: a window of many short ones would fill the memory."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """``tokens``: float64 (layers, experts), ``rank_tokens``: float64 (layers, ep ranks), over ``steps`` steps.
-    ``version``: counts commits; it tells loads under one placement from those under another."""
+    """``tokens``: float64 (layers, experts), over ``steps`` steps; ``rank_tokens``: float64 (layers, ep ranks), over the
+    last ``rank_steps`` of them. ``version``: counts commits; it tells loads of ranks under one placement from those
+    under another."""
 
     steps: int
     tokens: F64
+    rank_steps: int
     rank_tokens: F64
     version: int
+
+    def then(self, later: Snapshot) -> Snapshot:
+        """Both as one. What ranks did under an older placement is forgotten."""
+        steps, tokens = self.steps + later.steps, self.tokens + later.tokens
+        if self.version != later.version:
+            return Snapshot(steps, tokens, later.rank_steps, later.rank_tokens, later.version)
+        rank_tokens = self.rank_tokens + later.rank_tokens
+        return Snapshot(steps, tokens, self.rank_steps + later.rank_steps, rank_tokens, later.version)
 
 
 @dataclass(slots=True, eq=False)
@@ -112,14 +125,16 @@ class LoadWindow:
         tokens = flat.astype(np.float64, copy=False).reshape(layers, experts)
         before = np.concatenate([np.zeros((layers, 1)), np.cumsum(gathering.tokens, axis=1)], axis=1)
         rank_tokens = np.diff(before[:, places.starts], axis=1)
-        snapshot = Snapshot(gathering.steps, tokens, rank_tokens, version.number)
+        snapshot = Snapshot(gathering.steps, tokens, gathering.steps, rank_tokens, version.number)
         if snapshot.steps:
             self._keep(snapshot)
         return snapshot
 
     def _keep(self, snapshot: Snapshot) -> None:
-        self._snapshots.append(snapshot)
         self.steps += snapshot.steps
+        if self._snapshots and self._snapshots[-1].steps + snapshot.steps <= self._limit // FINENESS:
+            snapshot = self._snapshots.pop().then(snapshot)
+        self._snapshots.append(snapshot)
         while self.steps - self._snapshots[0].steps >= self._limit:
             self.steps -= self._snapshots.popleft().steps
 
@@ -143,7 +158,7 @@ class LoadWindow:
         for snapshot in reversed(self._snapshots):
             if snapshot.version != newest:
                 break
-            steps += snapshot.steps
+            steps += snapshot.rank_steps
             total = total + snapshot.rank_tokens
         return steps, total
 

@@ -156,6 +156,29 @@ async def test_the_later_of_two_callers_supersedes_the_earlier(
         assert late.outcome == "unchanged"
 
 
+async def test_of_many_callers_in_a_row_the_last_one_is_served_and_what_waits_for_the_planner_is_bounded(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with balanced(runtime_root, monkeypatch) as (_, planner, client):
+        for call_id in range(40):
+            rebalance(client, call_id)
+        for _ in range(39):
+            report = (await client.read(ExpertsRebalanced)).report
+            assert report is not None
+            assert report.outcome == "cancelled"
+        asked = [await planner.asked()]
+        while not planner.requests.empty():
+            asked.append(await planner.asked())
+        wanted = [(request, answer) for request, answer in asked if not answer.cancelled()]
+        assert len(wanted) <= 2  # what is being solved, and the newest
+        assert [request.number for request, _ in wanted[-1:]] == [40]
+        for request, answer in wanted:
+            answer.set_result(unchanged(request))
+        last = await client.read(ExpertsRebalanced)
+        assert last.report is not None
+        assert (last.call_id, last.report.outcome) == (39, "unchanged")
+
+
 async def test_a_call_has_a_deadline_and_one_whose_connection_is_gone_is_forgotten(
     runtime_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from drumline.engine.core.balance.places import ExpertPlaces
-from drumline.engine.core.balance.window import LoadWindow, balance_of
+from drumline.engine.core.balance.window import FINENESS, LoadWindow, balance_of
 from drumline.protocol.messages import I32Matrix
 
 from .balance_fixtures import OTHER, PLACES, START
@@ -119,3 +119,26 @@ def test_a_rank_without_slots_has_no_load() -> None:
 def test_balance_is_the_mean_over_the_most() -> None:
     mean, most, balance = balance_of(np.array([[4.0, 0.0, 2.0], [0.0, 0.0, 0.0]]))
     assert (mean.tolist(), most.tolist(), balance.tolist()) == ([2.0, 0.0], [4.0, 0.0], [0.5, 1.0])
+
+
+def test_a_window_of_many_short_reports_joins_neighbours_and_counts_the_same() -> None:
+    window = opened(size=10_000)
+    for step in range(12_000):
+        report(window, step, [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 2]], steps=1)
+    assert len(window._snapshots) <= 2 * FINENESS + 1
+    steps, tokens = window.load(8)
+    assert 10_000 <= steps.sum() == window.steps <= 10_000 + 10_000 // FINENESS
+    assert tokens.sum(axis=0).tolist() == [[steps.sum(), 0, 0, 0], [0, 3 * steps.sum(), 0, 0]]
+    assert window.rank_load()[0] == steps.sum()
+
+
+def test_reports_before_and_after_a_commit_may_be_joined_and_ranks_count_from_it() -> None:
+    window = opened(size=10_000)
+    window.commit(6, OTHER)
+    report(window, 6, [[0, 0, 0, 0, 2, 0], [2, 0, 0, 0, 0, 0]])
+    report(window, 8, [[0, 0, 0, 0, 4, 0], [4, 0, 0, 0, 0, 0]])
+    steps, tokens = window.load(8)
+    assert steps.tolist() == [8]
+    assert tokens.tolist() == [[[2, 0, 4, 0], [2, 0, 0, 4]]]
+    counted, ranks = window.rank_load()
+    assert (counted, ranks.tolist()) == (4, [[0, 4], [4, 0]])

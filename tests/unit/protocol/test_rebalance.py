@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -68,7 +70,28 @@ def test_sizes_that_do_not_divide_are_refused_by_name(sizes: tuple[int, int, int
     assert caught.value.text == text
 
 
-@pytest.mark.parametrize("weight", [[1.0, 2.0], [[]], [[1.0, float("nan")]], [[1.0, -1.0]]])
-def test_what_is_no_load_is_refused(weight: object) -> None:
+@pytest.mark.parametrize(
+    "weight",
+    [
+        [1.0, 2.0],
+        [[]],
+        np.ones((0, 2)),
+        [[1.0, float("nan")]],
+        [[1.0, -1.0]],
+        [[3e38, 3e38]],
+        [[1e39, 0.0]],
+        [["a", "b"]],
+        [[1j, 2.0]],
+        [[1.0], [1.0, 2.0]],
+        None,
+    ],
+)
+def test_what_is_no_load_is_refused(weight: Any) -> None:
     with pytest.raises(InvalidConfig, match="weight"):
-        rebalance_experts(np.asarray(weight), 4, 1, 1, 2)
+        rebalance_experts(weight, 4, 1, 1, 2)
+
+
+@pytest.mark.parametrize("size", [16.0, "16", True, None])
+def test_what_is_no_size_is_refused(size: Any) -> None:
+    with pytest.raises(InvalidConfig, match="num_replicas: found .*; valid: a whole number from 1"):
+        rebalance_experts(LOAD, size, 4, 2, 8)

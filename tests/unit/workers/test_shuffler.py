@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from drumline.workers.experts import staged_layer
+from drumline.workers.experts.parts import cut_part
 from tests.unit.workers.staged_worlds import LAYERS, StagedWorld, distinct_placement, is_expert
 
 WORLDS: tuple[tuple[tuple[int, ...], int], ...] = (((4, 4), 6), ((5, 3), 5), ((2, 4, 3), 6), ((2, 3, 2, 4), 7))
@@ -147,6 +149,35 @@ def test_tokens_are_reported_by_slot_and_begin_anew_with_a_new_expert() -> None:
     for layer in layers:
         layer.moe.experts.load += counts
     assert shuffler.load.take()[0].tolist() == [[0, 1, 2, 3]] * LAYERS
+
+
+def test_more_tokens_than_travel_are_told_as_the_most_that_do() -> None:
+    world = StagedWorld(3, (4, 4), 6)
+    world.layers[0][0].moe.experts.load += torch.tensor([1 << 31, (1 << 31) - 1, 1 << 40, 7])
+    assert world.shufflers[0].load.take()[0][0].tolist() == [(1 << 31) - 1] * 3 + [7]
+    assert not world.shufflers[0].load.take()[0].any()
+
+
+def test_what_waits_for_room_is_not_copied_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut: list[int] = []
+
+    def counted(weights: Any, parts: int, part: int, canary: int) -> torch.Tensor:
+        cut.append(part)
+        return cut_part(weights, parts, part, canary)
+
+    monkeypatch.setattr(staged_layer, "cut_part", counted)
+    world = StagedWorld(3, (3, 3), 6)
+    world.office.room = 0
+    target = world.placement.copy()
+    target[:, [0, 3]] = target[:, [3, 0]]
+    run = world.run_to(target, parts=3)
+    for _ in range(4):
+        world.run_step(run)
+    assert cut == []
+    world.office.room = 2
+    world.finish(run)
+    assert len(cut) == 3 * 2 * LAYERS
+    world.check_all()
 
 
 def test_what_was_counted_in_an_epoch_before_is_not_told() -> None:

@@ -46,7 +46,7 @@ NEVER = 1 << 30
     metavar="N",
     help="Slots of a layer beyond one for each expert.",
 )
-@click.option("--streams", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Kept running.")
+@click.option("--streams", type=click.IntRange(min=1), default=16, show_default=True, metavar="N", help="Kept running.")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=2 * LEAST_WINDOW_S),

@@ -172,7 +172,7 @@ class Balancer:
             self._answer([caller], untouched("failed", "its ranks come together now: no epoch is open"))
             return
         if len(target):
-            check_placement(target, self.placement.shape, self._num_experts)
+            check_placement(target, self.placement, self._places.slots, self._num_experts)
         why = "another rebalance was asked for"
         if self._asked is not None:
             superseded, self._asked = self._asked, None

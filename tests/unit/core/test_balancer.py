@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from drumline.engine.core.balance.shuffle import Pace
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.messages import NO_FETCHES, Shuffle
 
-from .balance_fixtures import OTHER, PLACES, START, Driven, answer
+from .balance_fixtures import EPOCH, OTHER, PLACES, START, Driven, answer
 
 
 def moving(**changes: object) -> Driven:
@@ -219,6 +221,20 @@ def test_a_given_placement_is_passed_on_and_checked() -> None:
         with pytest.raises(InvalidConfig, match="plan") as caught:
             driven.balancer.rebalance(9, wrong, 0.0)
         assert found in str(caught.value)
+
+
+def test_a_given_placement_may_put_no_second_copy_on_a_rank_but_where_one_stands_or_nothing_else_is_left() -> None:
+    twice = START.copy()
+    twice[1, 2] = 1  # rank 0: 0, 1, 1
+    twice[1, 5] = 2
+    driven = Driven()
+    with pytest.raises(InvalidConfig, match="several copies of expert 1 of MoE layer 1 on ep rank 0"):
+        driven.balancer.rebalance(9, twice, 0.0)
+    driven.balancer.opened(EPOCH + 1, PLACES, twice, frozenset({"a", "b"}), 0.0)
+    driven.balancer.rebalance(9, twice, 0.0)
+    wide = replace(PLACES, slots=np.array([5, 1], np.int32))
+    driven.balancer.opened(EPOCH + 2, wide, START, frozenset({"a", "b"}), 0.0)
+    driven.balancer.rebalance(9, np.array([[0, 1, 2, 3, 2, 1]] * 2, dtype=np.int32), 0.0)
 
 
 def test_words_that_nobody_waits_for_are_refused() -> None:

@@ -93,5 +93,5 @@ def test_what_is_no_load_is_refused(weight: Any) -> None:
 
 @pytest.mark.parametrize("size", [16.0, "16", True, None])
 def test_what_is_no_size_is_refused(size: Any) -> None:
-    with pytest.raises(InvalidConfig, match="num_replicas: found .*; valid: a whole number from 1"):
+    with pytest.raises(InvalidConfig, match=r"num_replicas: found .*; valid: a whole number from 1"):
         rebalance_experts(LOAD, size, 4, 2, 8)

@@ -61,8 +61,8 @@ class _Version:
 
 
 class LoadWindow:
-    """The last ``window_size`` steps with tokens, in snapshots of one report of every rank each, or of a few. The tokens
-    of experts outlive epochs; whose they were, by rank, is that of the epoch."""
+    """The last ``window_size`` steps with tokens, in snapshots of one report of every rank each, or of a few. The
+    tokens of experts outlive epochs; whose they were, by rank, is that of the epoch."""
 
     def __init__(self, window_size: int, num_experts: int) -> None:
         self._limit = window_size

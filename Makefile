@@ -47,7 +47,7 @@ soak-faults: $(STAMP)  ## 20 minutes when called alone
 	$(BIN)/python -m tests.faults.soak --minutes $(long)
 
 soak-layouts: $(STAMP)  ## every model in every layout once, whatever MINUTES says
-	DRUMLINE_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/parity/test_layouts.py
+	DRUMLINE_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/parity/test_layouts.py tests/parity/test_rebalanced_text.py
 	$(BIN)/python -m tests.parity.soak_layouts
 
 soak-stateless: $(STAMP)  ## at least 200,000 calls, whatever MINUTES says

@@ -296,10 +296,15 @@ class Connections:
         self.reply(connection, Failed(request_id, ErrorInfo(kind="request_failed", text=text)))
 
     def resumed(self, connection: ClientConnection, message: Resumed) -> bool:
-        """Send ``message``. Whether all ends of the request stand in it, so that it may be forgotten."""
+        """Send ``message``. Whether the request may be forgotten at once: all of its ends stand there, and there is no
+        frame to acknowledge that they have been read."""
         left = set(range(len(message.tokens))) - {end.index for end in message.ends}
         connection.close_request(message.request_id)
         if left:
             connection.open[message.request_id] = left
         self.reply(connection, message)
-        return not left
+        # A Resumed is not acknowledged; a frame behind it is, and until then another coordinator may be asked again.
+        if left or not self._frame(connection, Finished(connection.frame + 1, ())):
+            return not left
+        connection.ended.append((connection.frame, message.request_id))
+        return False

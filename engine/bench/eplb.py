@@ -23,12 +23,14 @@ I32: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
 EXPERT_BYTES = 44_040_192
 """An expert of DeepSeek-R1 in FP8: three matrices of 7168 x 2048."""
+WINDOW = 8
+"""As many snapshots as an engine gives its policy."""
 
 
 class EplbSetup(msgspec.Struct, frozen=True):
     """Who holds slots, and the rules of the plans. ``nodes`` share the ranks out evenly, in order, and ranks the slots;
     the first get one more. ``groups``: expert groups of the model. ``expert_bytes``: of one expert in one layer.
-    ``window``: each plan sees so many loads, its own the last."""
+    ``window``: each plan of incremental sees so many loads, its own the last; the others see theirs alone."""
 
     slots: int
     ranks: int
@@ -38,7 +40,7 @@ class EplbSetup(msgspec.Struct, frozen=True):
     max_moved: float = 0.25
     min_gain: float = 0.01
     expert_bytes: int = EXPERT_BYTES
-    window: int = 1
+    window: int = WINDOW
 
     def check(self, num_experts: int) -> None:
         """Raises InvalidConfig for what cannot be."""
@@ -178,7 +180,8 @@ class _Bench:
 
     def _plan(self, t: int, standing: I32Matrix) -> PlacementPlan:
         setup, layers = self._setup, self._loads.shape[1]
-        seen = self._loads[max(0, t + 1 - setup.window) : t + 1].astype(np.float32)
+        window = setup.window if setup.policy == "incremental" else 1
+        seen = self._loads[max(0, t + 1 - window) : t + 1].astype(np.float32)
         request = PlanRequest(
             number=t,
             policy=setup.policy,

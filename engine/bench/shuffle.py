@@ -36,7 +36,7 @@ class ShufflePlan(msgspec.Struct, frozen=True):
     """``streams`` run at once. ``seconds``: how long latencies are measured, in windows of ``window_s``. ``seed``: of
     the traffic."""
 
-    streams: int = 8
+    streams: int = 16
     seconds: float = 40.0
     window_s: float = 2.0
     seed: int = 0

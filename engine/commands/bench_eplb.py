@@ -49,7 +49,9 @@ _MADE = {"layers": 58, "experts": 256, "times": 12, "seed": 0}
 @click.option(
     "--min-gain", type=_SHARE, default=0.01, show_default=True, metavar="F", help="Balancedness worth moving."
 )
-@click.option("--window", type=_SIZE, default=1, show_default=True, metavar="N", help="Loads that a plan sees.")
+@click.option(
+    "--window", type=_SIZE, metavar="N", help="Loads that a plan sees, its own the last; default: 8, as in an engine."
+)
 @click.option(
     "--expert-bytes",
     default="44040192",
@@ -118,7 +120,8 @@ def _setup(flags: dict[str, Any]) -> EplbSetup:
 
     names = ("slots", "ranks", "nodes", "groups", "policy", "max_moved", "min_gain", "window")
     expert_bytes = parse_bytes("expert_bytes", flags["expert_bytes"])
-    return EplbSetup(**{name: flags[name] for name in names}, expert_bytes=expert_bytes)
+    given = {name: flags[name] for name in names if flags[name] is not None}
+    return EplbSetup(**given, expert_bytes=expert_bytes)
 
 
 def _planned(loads: F64, setup: EplbSetup, source: str) -> tuple[EplbReport, EplbTrace]:

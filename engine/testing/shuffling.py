@@ -15,7 +15,7 @@ from drumline.protocol.layout import slots_per_rank
 from drumline.protocol.messages import I32Matrix, RebalanceReport
 
 KEPT = 50
-AFTER_ERROR_S = 0.1
+AFTER_ERROR_S = 0.3
 Row = np.ndarray[Any, np.dtype[np.int32]]
 
 

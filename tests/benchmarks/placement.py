@@ -104,7 +104,7 @@ def show(shape: Shape, policy: str, series: Series, best: Series) -> str:
 def profile(shape: Shape, seed: int) -> None:
     """Where the time of plans under drift goes."""
     loads, placement = make("drift", START + 9, shape.layers, shape.experts, seed), first_placement(shape)
-    profiler, times = cProfile.Profile(), []
+    profiler, times = cProfile.Profile(time.process_time), []
     for now, load in enumerate(loads):
         request = request_at(shape, "incremental", load[None], placement)
         times.append((make_plan(request, time.process_time)).solve_ms)

@@ -1,4 +1,4 @@
-"""5,000 random interleavings of submit, finish, cancel, stop, resume and worse; each ends with every invariant
+"""3,000 random interleavings of submit, finish, cancel, stop, resume and worse; each ends with every invariant
 whole."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.simulation.simulation import run_scenario
 from tests.simulation.worker import RuleBrokenError
 
 BATCH = 500
-BATCHES = 10
+BATCHES = 6
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))

@@ -12,6 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from drumline.engine.core.balance.grid import Bool
 from drumline.engine.core.balance.measure import F64, copies, rank_loads
 from drumline.protocol.messages import I32, I32Matrix
 
@@ -29,14 +30,15 @@ FALSE_ALARMS = 0.05
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forecast:
-    """``load``: float64 (layers, experts). ``off``: the standard error of each expert's as a share of it. ``once``:
-    seen in one snapshot only, so that ``off`` is assumed. ``swing``: float64 (layers, experts), the standard deviation
-    between the snapshots that count."""
+    """``load``: float64 (layers, experts). ``off``: the standard error of each expert's as a share of it.
+    ``swing``: float64 (layers, experts), the standard deviation
+    between the snapshots that count. ``shake``: by which share of itself an expert's load differs from snapshot to
+    snapshot where that is nothing but noise, and little; else 0."""
 
     load: F64
     off: float
-    once: bool
     swing: F64
+    shake: float = 0.0
 
     @property
     def demand(self) -> F64:
@@ -50,7 +52,7 @@ def forecast(snapshots: F64) -> Forecast:
     seen = snapshots[(total > 0).any(axis=1)]
     if len(seen) < 2:
         load = seen[0] if len(seen) else snapshots[-1]
-        return Forecast(load, CHANCE, True, np.zeros_like(load))
+        return Forecast(load, CHANCE, np.zeros_like(load))
     # By shares: how much is going on does not matter, and a layer without load says nothing.
     scale = np.where(total > 0, total, 1.0)[(total > 0).any(axis=1)]
     shares = seen / scale[:, :, None]
@@ -59,7 +61,8 @@ def forecast(snapshots: F64) -> Forecast:
     mean = np.einsum("t,tle->le", weights, shares)
     swing = np.sqrt(np.einsum("t,tle->le", weights, (shares - mean) ** 2))
     size = scale.mean(axis=0)[:, None]
-    return Forecast(mean * size, off, False, swing * size)
+    shake = float(np.sqrt(noise)) if 0.0 < noise <= NOISE**2 and len(weights) * weights[-1] < 1.5 else 0.0
+    return Forecast(mean * size, off, swing * size, shake)
 
 
 def _weights(shares: F64) -> tuple[F64, float]:
@@ -92,14 +95,16 @@ def _growth(apart: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
     return max(float((far - apart[0]) / (lag - 1.0)), 0.0)
 
 
-def uneven(seen: Forecast, placement: I32Matrix, slot_rank: I32) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """(layers,): where some rank has more load than chance would give it if all were even. Arguments as of
+def uneven(load: F64, off: float, placement: I32Matrix, slot_rank: I32) -> tuple[Bool, F64]:
+    """(layers,) each: whether some rank has more load than chance would give it if all were even, and how much of the
+    mean chance may give to a rank, where the load of each expert is ``off`` by this share of it. Other arguments as of
     :func:`~drumline.engine.core.balance.measure.rank_loads`."""
     own = np.unique(slot_rank[slot_rank >= 0])
-    loads = rank_loads(seen.load, placement, slot_rank)[:, own]
-    counts = np.maximum(copies(placement, seen.load.shape[1], slot_rank >= 0), 1.0)
-    variance = rank_loads((seen.off * seen.load) ** 2 / counts, placement, slot_rank)[:, own]
-    excess = loads - loads.mean(axis=1, keepdims=True)
+    loads = rank_loads(load, placement, slot_rank)[:, own]
+    counts = np.maximum(copies(placement, load.shape[1], slot_rank >= 0), 1.0)
+    variance = rank_loads((off * load) ** 2 / counts, placement, slot_rank)[:, own]
+    mean = loads.mean(axis=1)
     limit = NormalDist().inv_cdf(1.0 - FALSE_ALARMS / max(loads.size, 2))
-    slack = np.maximum(limit * np.sqrt(variance), 1e-6 * loads.mean(axis=1, keepdims=True))
-    return np.asarray((excess > slack).any(axis=1))
+    slack = np.maximum(limit * np.sqrt(variance), 1e-6 * mean[:, None])
+    chance = np.divide(limit * np.sqrt(variance.mean(axis=1)), mean, out=np.zeros_like(mean), where=mean > 0)
+    return (loads - mean[:, None] > slack).any(axis=1), chance

@@ -8,6 +8,7 @@ import numpy as np
 
 from drumline.engine.core.balance.forecast import Forecast, uneven
 from drumline.engine.core.balance.grid import F32, Bool, Grid, Index
+from drumline.engine.core.balance.measure import F64
 from drumline.engine.core.balance.repair import repair
 from drumline.engine.core.balance.replicas import share_copies
 from drumline.engine.core.balance.spend import spend
@@ -21,6 +22,11 @@ PATIENCE = 2
 
 WITH_OTHERS = 0.2
 """Where all layers together gain what is asked, one may gain so much less."""
+VISIBLE = 1.2
+"""A rank that takes so many times more than chance gives it will be seen to next time, too."""
+FAINT = 0.01
+"""The share of the places that change where the unevenness is no more than the noise of one snapshot makes: a placement
+that was made for one is mended, but slowly."""
 NEAR = 0.002
 """A layer may end so far below the best balancedness that was found for it."""
 
@@ -45,10 +51,12 @@ def improve(standing: I32Matrix, seen: Forecast, slots: I32, nodes: I32, limits:
     repaired = repair(standing, seen.demand, slot_rank, nodes)
     grid = Grid(repaired, seen.demand, slots, nodes)
     must = ((repaired != standing) & (repaired >= 0)).sum(axis=1)
-    rows = np.flatnonzero(uneven(seen, repaired, slot_rank))
+    wrong, chance = uneven(seen.load, seen.off, repaired, slot_rank)
+    faint = ~uneven(seen.load, seen.shake, repaired, slot_rank)[0] if seen.shake else np.zeros_like(wrong)
+    rows = np.flatnonzero(wrong)
     search = _Search(grid, rows, max(limits.most - int(must.sum()), 0))
     search.run()
-    state = search.spend(limits, whole=seen.once)
+    state = search.spend(limits, chance, faint)
     placement = grid.placement(state)
     return np.where(placement < 0, standing, placement)
 
@@ -96,16 +104,22 @@ class _Search:
         self._balance.append(self._grid.balancedness() if balance is None else balance)
         return self._changed[-1]
 
-    def spend(self, limits: Limits, whole: bool) -> I32:
-        """The state of each layer to be had within the limits. ``whole``: one as good as the best, or
-        the first."""
+    def spend(self, limits: Limits, chance: F64, faint: Bool) -> I32:
+        """The state of each layer to be had within the limits. ``chance`` (layers,): how much of the mean chance may
+        give to a rank; ``faint`` (layers,): where a single snapshot would not have shown that anything is uneven."""
         balance, changed = np.stack(self._balance, axis=1), np.stack(self._changed, axis=1)
         short = balance.max(axis=1, keepdims=True) - balance
         # What is left of a layer must be so much that a later plan goes on with it.
-        allowed: Bool = (short <= NEAR) | ((short >= 2 * limits.gain) & (not whole))
+        visible = 1.0 / balance - 1.0 > VISIBLE * chance[:, None]
+        allowed: Bool = (short <= NEAR) | ((short >= 2 * limits.gain) & visible)
         gain = balance - balance[:, :1]
         enough = limits.gain * (WITH_OTHERS if gain.max(axis=1).mean() >= limits.gain else 1.0)
         allowed &= gain >= enough
         allowed[:, 0] = True
-        chosen = spend(balance, changed, allowed, self._most)
-        return np.stack(self._states, axis=1)[np.arange(len(chosen)), chosen]
+        first = np.arange(balance.shape[1]) == 0
+        chosen = spend(balance, changed, allowed & (first | ~faint[:, None]), self._most)
+        if faint.any():
+            left = self._most - int(changed[np.arange(len(chosen)), chosen].sum())
+            few = min(left, int(FAINT * np.count_nonzero(self._start < self._grid.experts)))
+            chosen = np.where(faint, spend(balance, changed, allowed & (first | faint[:, None]), few), chosen)
+        return np.stack([self._states[state][layer] for layer, state in enumerate(chosen.tolist())])

@@ -10,6 +10,8 @@ EVEN = 0.0025
 """A rank that takes this share more than the mean is left as it is."""
 BUSY = 0.5
 """A rank is busy if it takes this share of what the busiest takes above the mean."""
+LIGHT = 0.4
+"""The share of the ranks, the lightest, that are partners while swaps with them are found."""
 LEAST = 0.0005
 """A swap takes this share of the mean off the busier rank, or is not worth it."""
 FAR = 0.3
@@ -26,18 +28,19 @@ def swap_once(grid: Grid, rows: Index, turn: int, budget: Index, stalled: Bool) 
     busy = np.where(stalled[rows], np.minimum(busy, 1), busy)
     rows, load, busy = rows[busy > 0], load[busy > 0], busy[busy > 0]
     if len(rows):
-        _Swap(grid, rows, load, busy, turn).make(budget)
+        _Swap(grid, rows, load, busy, turn, bool(stalled[rows].any())).make(budget)
     return rows
 
 
 class _Swap:
     """Each rank that is not busy is the partner of a busy one; a busy rank takes the best of its partners."""
 
-    def __init__(self, grid: Grid, rows: Index, load: F32, busy: Index, turn: int) -> None:
+    def __init__(self, grid: Grid, rows: Index, load: F32, busy: Index, turn: int, wide: bool) -> None:
         order = np.argsort(load, axis=1, kind="stable")
+        # The lightest ranks, unless nothing was found for the busiest with those.
+        few = max(int(busy.max()), int(LIGHT * grid.num_ranks))
         count = grid.num_ranks - int(busy.min())
-        if int(busy.max()) * 2 >= grid.num_ranks:
-            count = max(int(busy.max()), 1) if turn % 3 else count
+        count = count if wide else min(count, few)
         partner = np.arange(count)[None, :]
         which = (partner + turn) % busy[:, None]
         self._real = partner < grid.num_ranks - busy[:, None]

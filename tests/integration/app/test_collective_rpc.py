@@ -92,7 +92,7 @@ async def test_arguments_are_checked_on_the_rank(extended: AsyncEngine) -> None:
 @pytest.mark.parametrize("method", ["reboot", "_vocab_size", "run", "rank", "__init__", "counted"])
 async def test_nothing_else_can_be_called(extended: AsyncEngine, method: str) -> None:
     for text in texts(await extended.collective_rpc(method)):
-        assert f"found {method}; valid: ping, stats, about, expert_load, fail_on" in text
+        assert f"found {method}; valid: ping, stats, about, expert_load, expert_state, fail_on" in text
 
 
 async def test_results_that_cannot_travel_say_why(extended: AsyncEngine) -> None:

@@ -163,7 +163,8 @@ async def test_a_reader_that_falls_behind_gets_one_behind_and_all_tokens_by_resu
         assert (resumed.call_id, len(resumed.tokens[0]), len(resumed.ends)) == (5, WINDOW * 3, 1)
         delivered = np.concatenate([message.tokens for message in unread if isinstance(message, Tokens)])
         assert (resumed.tokens[0][:WINDOW] == delivered).all()
-        # All its ends have been told, so its id is free again.
+        # All its ends have been read, so its id is free again.
+        slow.dealer.send(Ack((await slow.read(Finished)).frame))
         await slow.accepted("slow", max_tokens=1)
 
 

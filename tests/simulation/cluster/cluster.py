@@ -155,6 +155,7 @@ class Cluster:
                 raise RuleBrokenError(f"not over after {PATIENCE_S:g} s: {self.unfinished()}")
         if self.engine_ended:
             return
+        self.faults.disarm()
         self._go_on(1.0)
         if self.rules.rest.zombies:
             self._go_on(ZOMBIES_S)

@@ -12,7 +12,7 @@ from drumline.engine.core.balance.plan import PlacementPlan, PlanRequest
 from drumline.engine.core.balance.policies import make_plan
 from drumline.engine.core.decisions import Rebalanced
 from drumline.protocol.errors import InvalidConfig
-from drumline.protocol.messages import I32Matrix
+from drumline.protocol.messages import I32Matrix, RebalanceReport
 from tests.simulation.cluster.random_plans import random_placement, random_plan
 from tests.simulation.worker import RuleBrokenError
 
@@ -113,13 +113,19 @@ class SimPlanner:
                 raise RuleBrokenError(f"caller {caller} is answered twice: {report}")
             given = self.unanswered.pop(caller)
             self._clock.seen["asked_" + report.outcome] += 1
-            done = given is not None and balance is not None and report.outcome in ("moved", "unchanged")
-            if done and not np.array_equal(balance.placement, given):
-                raise RuleBrokenError(f"{report} for {given.tolist()}, the placement is {balance.placement.tolist()}")
-        if report.outcome != "moved" or balance is None:
-            return
+            if given is not None and report.outcome in ("moved", "unchanged"):
+                self._check_given(given, report)
+        if report.outcome == "moved" and balance is not None:
+            self._check_moved(report, balance.placement)
+
+    def _check_given(self, given: I32Matrix, report: RebalanceReport) -> None:
+        balance = self._host.coordination.balance
+        if balance is None or not np.array_equal(balance.placement, given):
+            raise RuleBrokenError(f"{report}, asked for {given.tolist()}")
+
+    def _check_moved(self, report: RebalanceReport, placement: I32Matrix) -> None:
         plan = self._newest
-        if plan is None or not np.array_equal(balance.placement, plan.placement):
-            raise RuleBrokenError(f"{report} and the placement is {balance.placement.tolist()}, planned {plan}")
+        if plan is None or not np.array_equal(placement, plan.placement):
+            raise RuleBrokenError(f"{report} and the placement is {placement.tolist()}, planned {plan}")
         if not report.slots_moved == len(report.moves) == len(plan.moves):
             raise RuleBrokenError(f"{report} of {plan}")

@@ -243,7 +243,11 @@ class EpochShuffles:
 
     def _all_know(self, shuffle: Shuffle) -> bool:
         record = self._stages.get(shuffle.generation)
-        for process in self._unaware.pop(shuffle.generation, []):
+        unaware = self._unaware.pop(shuffle.generation, [])
+        if record is None:
+            # Somebody should know: who may have missed a message.
+            unaware.sort(key=lambda process: not process.tampered)
+        for process in unaware:
             if record is None or process.rank in record.ranks:
                 process.out_of_order(f"got a step with {shuffle}, and does not know what that is")
                 return False

@@ -84,7 +84,9 @@ class ClusterStepRules:
         if sum(1 for record in group.in_flight if record.missing) > self._limit:
             raise RuleBrokenError(f"{len(group.in_flight)} steps in flight")
         self._check_order(index, first)
-        self._check_turn(index, first.lane)
+        # What is made for what it carries alone takes no turn.
+        if first.num_tokens_across_dp.any():
+            self._check_turn(index, first.lane)
 
     def _check_order(self, index: int, step: Step) -> None:
         last_epoch, last_step = self._last[index]

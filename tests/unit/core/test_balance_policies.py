@@ -85,6 +85,18 @@ def test_noise_moves_next_to_nothing(window: int) -> None:
     assert balancedness(mean, placement, RANK).mean() >= start - 0.002
 
 
+def test_what_noise_has_made_uneven_is_mended_slowly() -> None:
+    mean, random = _lognormal(), np.random.default_rng(1)
+    loads = mean * (1.0 + 0.05 * random.standard_normal((16, *mean.shape)))
+    placement = _settled(loads[0])
+    start = balancedness(mean, placement, RANK).mean()
+    for now in range(8, 16):
+        plan = _plan(loads[now - 8 : now], placement)
+        assert plan.slots_moved <= 0.01 * LAYERS * SLOTS
+        placement = plan.placement
+    assert balancedness(mean, placement, RANK).mean() > start
+
+
 def test_what_is_not_worth_it_is_not_done_and_said() -> None:
     plan = _plan(_lognormal(), min_gain=0.9)
     assert not len(plan.moves)

@@ -100,7 +100,7 @@ def test_a_request_is_forgotten_when_its_last_end_is_acknowledged() -> None:
     assert connections.ack(client, 2) == []
 
 
-def test_an_end_that_was_left_out_is_forgotten_with_the_resume_that_holds_it() -> None:
+def test_an_end_that_was_left_out_is_forgotten_once_the_resume_that_holds_it_has_been_read() -> None:
     connections, socket, client = made()
     connections.accepted(client, "r", 1)
     for position in range(WINDOW):
@@ -108,9 +108,19 @@ def test_an_end_that_was_left_out_is_forgotten_with_the_resume_that_holds_it() -
     connections.deliver(one_end(client))
     assert connections.ack(client, WINDOW) == []
     assert isinstance(socket.sent[b"a"][-1], Behind)
-    assert connections.resumed(client, resumed(ends=1))
-    assert isinstance(socket.sent[b"a"][-1], Resumed)
+    assert not connections.resumed(client, resumed(ends=1))
+    told = [message for message in socket.sent[b"a"] if isinstance(message, Resumed | Finished)]
+    assert [type(message) for message in told] == [Resumed, Finished]
     assert client.open == {}
+    assert connections.ack(client, WINDOW + 1) == ["r"]
+
+
+def test_one_whose_resume_can_be_followed_by_no_frame_is_forgotten_at_once() -> None:
+    connections, _, client = made()
+    for position in range(WINDOW):
+        connections.deliver(one_token(client, position))
+    assert connections.resumed(client, resumed(ends=1))
+    assert client.unread == 0
 
 
 def test_a_resume_in_the_middle_leaves_the_other_ends_to_come() -> None:
@@ -231,7 +241,9 @@ def test_requests_that_ended_unread_are_counted_until_they_are_read() -> None:
     assert client.unread == 2
     connections.ack(client, WINDOW)
     assert client.unread == 1
-    assert connections.resumed(client, msgspec.structs.replace(resumed(ends=1), request_id="left out"))
+    connections.resumed(client, msgspec.structs.replace(resumed(ends=1), request_id="left out"))
+    assert client.unread == 1
+    assert connections.ack(client, WINDOW + 1) == ["left out"]
     assert client.unread == 0
 
 

@@ -44,6 +44,8 @@ SNAPSHOTS = 8
 """How many a policy is given: it plans for their spread, not only for their mean."""
 FIRST_SHARE = 4
 """The first plan is made after a quarter of the interval."""
+GIVEN = "given"
+"""What reports call the policy of a placement that somebody gave."""
 SETTLE_S = 2.0
 """Ranks that have changed may change again at once: one that was lost comes back."""
 
@@ -68,9 +70,11 @@ class _Next:
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A plan that is being made since ``since``. ``callers``: who asked for it."""
+    """A plan that is being made since ``since``. ``policy``: given, where it is a placement that somebody has.
+    ``callers``: who asked for it."""
 
     number: int
+    policy: str
     callers: list[int]
     since: float
 
@@ -82,8 +86,7 @@ class _Run:
     shuffle: ShuffleRun
     plan: PlacementPlan
     before: I32Matrix
-    callers: list[int]
-    since: float
+    asked: _Asked
 
 
 class Balancer:
@@ -188,7 +191,8 @@ class Balancer:
         self._plan_at = None
         self._steps_until_plan = self.config.step_interval
         self._requests += 1
-        self._asked = _Asked(self._requests, callers, now)
+        policy = GIVEN if len(target) else self.config.policy
+        self._asked = _Asked(self._requests, policy, callers, now)
         _, tokens = self._window.load(SNAPSHOTS)
         self._out.append(PlanWanted(self._request(target, tokens)))
 
@@ -226,11 +230,11 @@ class Balancer:
             self._answer(asked.callers, untouched("failed", f"the planner's answer is no plan: {wrong}"))
         elif plan.error or not len(plan.moves):
             outcome = "failed" if plan.error else "unchanged"
-            self._answer(asked.callers, report_of(plan, outcome, plan.error, now - asked.since))
+            self._answer(asked.callers, report_of(plan, asked.policy, outcome, plan.error, now - asked.since))
         else:
             layers = layer_plans(plan.placement, plan.moves, places)
             run = ShuffleRun(layers, places, self._pace, self._term, self._epoch, self._generation)
-            self._run = _Run(run, plan, self.placement, asked.callers, asked.since)
+            self._run = _Run(run, plan, self.placement, asked)
             self._out.append(Log(f"eplb: {plan.reason}"))
         self._proceed(now)
 
@@ -251,8 +255,8 @@ class Balancer:
         moved = run.shuffle.moved
         self._ledger.slots_moved += moved.slots
         self._ledger.bytes_moved += moved.bytes
-        report = report_of(run.plan, outcome, why, now - run.since)
-        self._answer(run.callers, carried_out(report, moved, run.before, self.placement))
+        report = report_of(run.plan, run.asked.policy, outcome, why, now - run.asked.since)
+        self._answer(run.asked.callers, carried_out(report, moved, run.before, self.placement))
 
     def _answer(self, callers: list[int], report: RebalanceReport) -> None:
         self._ledger.last_plan = f"{report.outcome}: {report.reason}"
@@ -264,7 +268,7 @@ class Balancer:
     def demands(self) -> bool:
         """Whether a step is to be made for what it would carry, though nobody has work."""
         run = self._run
-        return run is not None and run.shuffle.wants_step and bool(run.callers or self._next)
+        return run is not None and run.shuffle.wants_step and bool(run.asked.callers or self._next)
 
     def next(self, step: int, now: float) -> Shuffle | None:
         """What ``step``, which is planned now, carries."""

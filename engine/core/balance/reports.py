@@ -32,11 +32,12 @@ def untouched(outcome: str, reason: str) -> RebalanceReport:
     return RebalanceReport(outcome, reason)
 
 
-def report_of(plan: PlacementPlan, outcome: str, why: str, seconds: float) -> RebalanceReport:
-    """What became of ``plan``; ``why``: where it is not what the plan itself says."""
+def report_of(plan: PlacementPlan, policy: str, outcome: str, why: str, seconds: float) -> RebalanceReport:
+    """What became of ``plan``, which ``policy`` made; ``why``: where it is not what the plan itself says."""
     return RebalanceReport(
         outcome=outcome,
         reason=why or plan.reason,
+        policy=policy,
         balancedness_before=plan.balancedness_before,
         balancedness=plan.balancedness,
         solve_ms=plan.solve_ms,

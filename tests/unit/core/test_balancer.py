@@ -74,6 +74,15 @@ def test_the_end_of_a_plan_is_answered_with_what_was_moved() -> None:
     assert (status.state, status.plans, status.slots_moved, status.layers_left) == ("idle", 1, 2, 0)
 
 
+def test_a_report_says_what_policy_made_the_plan() -> None:
+    driven = Driven(policy="global")
+    driven.planned(answer(driven.asked(), START, NO_FETCHES))
+    driven.balancer.rebalance(8, START, 0.0)
+    driven.collect()
+    driven.planned(answer(driven.requests[-1], START, NO_FETCHES))
+    assert [report.policy for _, report in driven.answers] == ["global", "given"]
+
+
 def test_a_plan_without_moves_is_answered_at_once() -> None:
     driven = Driven()
     driven.planned(answer(driven.asked(), START, NO_FETCHES))

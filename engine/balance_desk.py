@@ -150,7 +150,7 @@ class BalanceDesk:
         if self._recorder is not None:
             self._recorder.write(balance.expert_load(0))
         work = self._plan(balance, self._planner, output.request)
-        # The oldest is being solved; nobody wants what waits behind it any more, and it must not take the newest's turn.
+        # The oldest is being solved; what waits behind it is wanted by nobody, and must not take the newest's turn.
         for superseded in self._plans[1:]:
             superseded.cancel()
         task = asyncio.get_running_loop().create_task(work, name="expert planning")

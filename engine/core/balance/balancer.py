@@ -45,7 +45,7 @@ SNAPSHOTS = 8
 FIRST_SHARE = 4
 """The first plan is made after a quarter of the interval."""
 GIVEN = "given"
-"""In place of a policy, for a placement that somebody asked for."""
+"""What reports call the policy of a placement that somebody gave."""
 SETTLE_S = 2.0
 """Ranks that have changed may change again at once: one that was lost comes back."""
 
@@ -70,12 +70,13 @@ class _Next:
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A plan that is being made since ``since``. ``callers``: who asked for it; ``policy``: who makes it."""
+    """A plan that is being made since ``since``. ``policy``: given, where it is a placement that somebody has.
+    ``callers``: who asked for it."""
 
     number: int
+    policy: str
     callers: list[int]
     since: float
-    policy: str
 
 
 @dataclass(slots=True, eq=False)
@@ -85,9 +86,7 @@ class _Run:
     shuffle: ShuffleRun
     plan: PlacementPlan
     before: I32Matrix
-    callers: list[int]
-    since: float
-    policy: str
+    asked: _Asked
 
 
 class Balancer:
@@ -176,7 +175,7 @@ class Balancer:
             self._answer([caller], untouched("failed", "its ranks come together now: no epoch is open"))
             return
         if len(target):
-            check_placement(target, self.placement.shape, self._num_experts)
+            check_placement(target, self.placement, self._places.slots, self._num_experts)
         why = "another rebalance was asked for"
         if self._asked is not None:
             superseded, self._asked = self._asked, None
@@ -193,7 +192,7 @@ class Balancer:
         self._steps_until_plan = self.config.step_interval
         self._requests += 1
         policy = GIVEN if len(target) else self.config.policy
-        self._asked = _Asked(self._requests, callers, now, policy)
+        self._asked = _Asked(self._requests, policy, callers, now)
         _, tokens = self._window.load(SNAPSHOTS)
         self._out.append(PlanWanted(self._request(target, tokens)))
 
@@ -235,7 +234,7 @@ class Balancer:
         else:
             layers = layer_plans(plan.placement, plan.moves, places)
             run = ShuffleRun(layers, places, self._pace, self._term, self._epoch, self._generation)
-            self._run = _Run(run, plan, self.placement, asked.callers, asked.since, asked.policy)
+            self._run = _Run(run, plan, self.placement, asked)
             self._out.append(Log(f"eplb: {plan.reason}"))
         self._proceed(now)
 
@@ -256,8 +255,8 @@ class Balancer:
         moved = run.shuffle.moved
         self._ledger.slots_moved += moved.slots
         self._ledger.bytes_moved += moved.bytes
-        report = report_of(run.plan, run.policy, outcome, why, now - run.since)
-        self._answer(run.callers, carried_out(report, moved, run.before, self.placement))
+        report = report_of(run.plan, run.asked.policy, outcome, why, now - run.asked.since)
+        self._answer(run.asked.callers, carried_out(report, moved, run.before, self.placement))
 
     def _answer(self, callers: list[int], report: RebalanceReport) -> None:
         self._ledger.last_plan = f"{report.outcome}: {report.reason}"
@@ -269,7 +268,7 @@ class Balancer:
     def demands(self) -> bool:
         """Whether a step is to be made for what it would carry, though nobody has work."""
         run = self._run
-        return run is not None and run.shuffle.wants_step and bool(run.callers or self._next)
+        return run is not None and run.shuffle.wants_step and bool(run.asked.callers or self._next)
 
     def next(self, step: int, now: float) -> Shuffle | None:
         """What ``step``, which is planned now, carries."""

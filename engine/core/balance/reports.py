@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from drumline.engine.core.balance.places import I64
 from drumline.engine.core.balance.plan import PlacementPlan
 from drumline.engine.core.balance.shuffle import Moved
 from drumline.engine.core.balance.window import F64, balance_of
 from drumline.protocol.errors import InvalidConfig
-from drumline.protocol.messages import I32Matrix, RebalanceReport
+from drumline.protocol.messages import I32, I32Matrix, RebalanceReport
 from drumline.protocol.status import EplbStatus, LayerBalance
 
 
@@ -32,7 +33,7 @@ def untouched(outcome: str, reason: str) -> RebalanceReport:
 
 
 def report_of(plan: PlacementPlan, policy: str, outcome: str, why: str, seconds: float) -> RebalanceReport:
-    """What became of ``plan``; ``why``: where it is not what the plan itself says."""
+    """What became of ``plan``, which ``policy`` made; ``why``: where it is not what the plan itself says."""
     return RebalanceReport(
         outcome=outcome,
         reason=why or plan.reason,
@@ -57,8 +58,10 @@ def carried_out(report: RebalanceReport, moved: Moved, before: I32Matrix, after:
 NOWHERE = np.zeros(0, dtype=np.int64)
 
 
-def check_placement(placement: I32Matrix, shape: tuple[int, ...], num_experts: int) -> None:
-    """Raises InvalidConfig for a placement that the engine cannot have."""
+def check_placement(placement: I32Matrix, standing: I32Matrix, slots: I32, num_experts: int) -> None:
+    """Raises InvalidConfig for a placement that the engine cannot have in place of ``standing``. ``slots``: int32 (ep
+    ranks,), how many each rank has."""
+    shape = standing.shape
     if placement.shape != shape:
         raise InvalidConfig("plan", f"{placement.shape}", f"int32 {shape}, (moe layers, physical slots)")
     if placement.min() < 0 or placement.max() >= num_experts:
@@ -67,6 +70,20 @@ def check_placement(placement: I32Matrix, shape: tuple[int, ...], num_experts: i
         missing = np.flatnonzero(np.bincount(row, minlength=num_experts) == 0)
         if len(missing):
             raise InvalidConfig("plan", f"no slot for expert {missing[0]} of MoE layer {layer}", "one or more")
+    # A second copy on a rank takes a slot and is of no use; a rank with more slots than experts cannot do without.
+    had = np.maximum(_on_ranks(standing, slots, num_experts), 1)
+    twice = (_on_ranks(placement, slots, num_experts) > had) & (slots <= num_experts)[None, :, None]
+    if twice.any():
+        layer, rank, expert = np.argwhere(twice)[0]
+        found = f"several copies of expert {expert} of MoE layer {layer} on ep rank {rank}"
+        raise InvalidConfig("plan", found, f"one at most: of {slots.tolist()} slots on ranks")
+
+
+def _on_ranks(placement: I32Matrix, slots: I32, num_experts: int) -> I64:
+    """int64 (layers, ranks, experts): how many copies each rank has."""
+    layers, ranks = len(placement), len(slots)
+    key = (np.arange(layers)[:, None] * ranks + np.repeat(np.arange(ranks), slots)) * num_experts + placement
+    return np.bincount(key.ravel(), minlength=layers * ranks * num_experts).reshape(layers, ranks, num_experts)
 
 
 def count_single(placement: I32Matrix, num_experts: int) -> int:

@@ -23,9 +23,9 @@ FINENESS = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """``tokens``: float64 (layers, experts), over ``steps`` steps; ``rank_tokens``: float64 (layers, ep ranks), over the
-    last ``rank_steps`` of them. ``version``: counts commits; it tells loads of ranks under one placement from those
-    under another."""
+    """``tokens``: float64 (layers, experts), over ``steps`` steps; ``rank_tokens``: float64 (layers, ep ranks), over
+    the last ``rank_steps`` of them. ``version``: counts commits; it tells loads of ranks under one placement from
+    those under another."""
 
     steps: int
     tokens: F64
@@ -61,8 +61,8 @@ class _Version:
 
 
 class LoadWindow:
-    """The last ``window_size`` steps with tokens, in snapshots of one report of every rank each. The tokens of experts
-    outlive epochs; whose they were, by rank, is that of the epoch."""
+    """The last ``window_size`` steps with tokens, in snapshots of one report of every rank each, or of a few. The
+    tokens of experts outlive epochs; whose they were, by rank, is that of the epoch."""
 
     def __init__(self, window_size: int, num_experts: int) -> None:
         self._limit = window_size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from drumline.engine.core.balance.shuffle import Pace
 from drumline.protocol.errors import InvalidConfig
 from drumline.protocol.messages import NO_FETCHES, Shuffle
 
-from .balance_fixtures import OTHER, PLACES, START, Driven, answer
+from .balance_fixtures import EPOCH, OTHER, PLACES, START, Driven, answer
 
 
 def moving(**changes: object) -> Driven:
@@ -70,6 +72,15 @@ def test_the_end_of_a_plan_is_answered_with_what_was_moved() -> None:
     assert (driven.balancer.placement == OTHER).all()
     status = driven.balancer.status()
     assert (status.state, status.plans, status.slots_moved, status.layers_left) == ("idle", 1, 2, 0)
+
+
+def test_a_report_says_what_policy_made_the_plan() -> None:
+    driven = Driven(policy="global")
+    driven.planned(answer(driven.asked(), START, NO_FETCHES))
+    driven.balancer.rebalance(8, START, 0.0)
+    driven.collect()
+    driven.planned(answer(driven.requests[-1], START, NO_FETCHES))
+    assert [report.policy for _, report in driven.answers] == ["global", "given"]
 
 
 def test_a_plan_without_moves_is_answered_at_once() -> None:
@@ -233,6 +244,20 @@ def test_a_given_placement_is_passed_on_and_checked() -> None:
     driven.balancer.closed("a rank is lost", 0.0)
     driven.collect()
     assert [(report.policy, report.outcome) for _, report in driven.answers] == [("given", "cancelled")]
+
+
+def test_a_given_placement_may_put_no_second_copy_on_a_rank_but_where_one_stands_or_nothing_else_is_left() -> None:
+    twice = START.copy()
+    twice[1, 2] = 1  # rank 0: 0, 1, 1
+    twice[1, 5] = 2
+    driven = Driven()
+    with pytest.raises(InvalidConfig, match="several copies of expert 1 of MoE layer 1 on ep rank 0"):
+        driven.balancer.rebalance(9, twice, 0.0)
+    driven.balancer.opened(EPOCH + 1, PLACES, twice, frozenset({"a", "b"}), 0.0)
+    driven.balancer.rebalance(9, twice, 0.0)
+    wide = replace(PLACES, slots=np.array([5, 1], np.int32))
+    driven.balancer.opened(EPOCH + 2, wide, START, frozenset({"a", "b"}), 0.0)
+    driven.balancer.rebalance(9, np.array([[0, 1, 2, 3, 2, 1]] * 2, dtype=np.int32), 0.0)
 
 
 def test_words_that_nobody_waits_for_are_refused() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from drumline.engine.core.balance.balancer import Balancer, Late
+from drumline.engine.core.balance.balancer import Balancer
 from drumline.engine.core.balance.config import BalanceConfig
 from drumline.engine.core.balance.places import ExpertPlaces, number_hosts
 from drumline.engine.core.balance.plan import PlacementPlan
 from drumline.engine.core.balance.shuffle import ToRank
+from drumline.engine.core.balance.turns import Late
 from drumline.engine.core.decisions import EpochReady, Output, Rebalanced, Tell, ToPeer
 from drumline.engine.core.members import MembershipConfig
 from drumline.engine.core.membership import Membership

@@ -7,14 +7,13 @@ this process; meanwhile steps go on, and what was asked is void when the epoch e
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 
 from drumline.engine.core.balance.answers import wrong_with
 from drumline.engine.core.balance.config import BalanceConfig
 from drumline.engine.core.balance.places import ExpertPlaces
-from drumline.engine.core.balance.plan import PlacementPlan, PlanRequest
+from drumline.engine.core.balance.plan import PlacementPlan
 from drumline.engine.core.balance.reports import (
     Ledger,
     balance_line,
@@ -26,11 +25,11 @@ from drumline.engine.core.balance.reports import (
     untouched,
 )
 from drumline.engine.core.balance.shuffle import Pace, ShuffleRun, ToRank, layer_plans
-from drumline.engine.core.balance.window import F64, LoadWindow
+from drumline.engine.core.balance.turns import GIVEN, Asked, Following, Late, Run, plan_request
+from drumline.engine.core.balance.window import LoadWindow
 from drumline.engine.core.decisions import Log, PlanWanted, Rebalanced
 from drumline.protocol.messages import (
     NO_MATRIX,
-    NO_NUMBERS,
     ExpertLoad,
     I32Matrix,
     RebalanceReport,
@@ -44,49 +43,10 @@ SNAPSHOTS = 8
 """How many a policy is given: it plans for their spread, not only for their mean."""
 FIRST_SHARE = 4
 """The first plan is made after a quarter of the interval."""
-GIVEN = "given"
-"""What reports call the policy of a placement that somebody gave."""
 SETTLE_S = 2.0
 """Ranks that have changed may change again at once: one that was lost comes back."""
 
 BalanceOutput = ToRank | PlanWanted | Rebalanced | Log
-
-
-@dataclass(frozen=True, slots=True)
-class Late:
-    """``ranks`` have not done what ``text`` says in time."""
-
-    ranks: tuple[int, ...]
-    text: str
-
-
-@dataclass(slots=True, eq=False)
-class _Next:
-    """What is to be planned when the present run is over."""
-
-    target: I32Matrix
-    callers: list[int]
-
-
-@dataclass(slots=True, eq=False)
-class _Asked:
-    """A plan that is being made since ``since``. ``policy``: given, where it is a placement that somebody has.
-    ``callers``: who asked for it."""
-
-    number: int
-    policy: str
-    callers: list[int]
-    since: float
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """A plan that is carried out."""
-
-    shuffle: ShuffleRun
-    plan: PlacementPlan
-    before: I32Matrix
-    asked: _Asked
 
 
 class Balancer:
@@ -103,9 +63,9 @@ class Balancer:
         self._places: ExpertPlaces | None = None
         self._members: frozenset[str] = frozenset()
         self._epoch = -1
-        self._asked: _Asked | None = None
-        self._next: _Next | None = None
-        self._run: _Run | None = None
+        self._asked: Asked | None = None
+        self._next: Following | None = None
+        self._run: Run | None = None
         self._requests = 0
         self._generation = 1
         self._generations: Counter[int] = Counter()
@@ -182,7 +142,7 @@ class Balancer:
             self._answer(superseded.callers, untouched("cancelled", why))
         if self._next is not None:
             self._answer(self._next.callers, untouched("cancelled", why))
-        self._next = _Next(target, [caller])
+        self._next = Following(target, [caller])
         if self._run is not None:
             self._run.shuffle.cancel(why, now)
         self._proceed(now)
@@ -192,31 +152,14 @@ class Balancer:
         self._steps_until_plan = self.config.step_interval
         self._requests += 1
         policy = GIVEN if len(target) else self.config.policy
-        self._asked = _Asked(self._requests, policy, callers, now)
-        _, tokens = self._window.load(SNAPSHOTS)
-        self._out.append(PlanWanted(self._request(target, tokens)))
-
-    def _request(self, target: I32Matrix, tokens: F64) -> PlanRequest:
-        config, places, layers = self.config, self._places, len(self.placement)
-        if places is None:
+        self._asked = Asked(self._requests, policy, callers, now)
+        if self._places is None:
             raise AssertionError("a plan is asked for while no epoch is open")
+        _, tokens = self._window.load(SNAPSHOTS)
         if not len(tokens):
-            tokens = np.ones((1, layers, self._num_experts))
-        return PlanRequest(
-            number=self._requests,
-            policy=config.policy,
-            num_layers=layers,
-            load=tokens.reshape(-1, self._num_experts).astype(np.float32),
-            placement=self.placement,
-            slots=places.slots,
-            nodes=places.nodes,
-            dead=NO_NUMBERS,
-            num_groups=config.num_groups,
-            expert_bytes=config.expert_bytes,
-            max_moved=config.max_moved,
-            min_gain=config.min_gain,
-            target=target,
-        )
+            tokens = np.ones((1, len(self.placement), self._num_experts))
+        request = plan_request(self.config, self._requests, tokens, self.placement, self._places, target)
+        self._out.append(PlanWanted(request))
 
     def planned(self, plan: PlacementPlan, now: float) -> None:
         """The answer to :class:`PlanWanted`. One that nobody waits for any more is dropped."""
@@ -234,7 +177,7 @@ class Balancer:
         else:
             layers = layer_plans(plan.placement, plan.moves, places)
             run = ShuffleRun(layers, places, self._pace, self._term, self._epoch, self._generation)
-            self._run = _Run(run, plan, self.placement, asked)
+            self._run = Run(run, plan, self.placement, asked)
             self._out.append(Log(f"eplb: {plan.reason}"))
         self._proceed(now)
 
@@ -250,7 +193,7 @@ class Balancer:
             following, self._next = self._next, None
             self._ask(following.target, following.callers, now)
 
-    def _finish(self, run: _Run, outcome: str, why: str, now: float) -> None:
+    def _finish(self, run: Run, outcome: str, why: str, now: float) -> None:
         self._run = None
         moved = run.shuffle.moved
         self._ledger.slots_moved += moved.slots

@@ -18,8 +18,8 @@ demo: $(STAMP)  ## the trained model writes text over two rank processes
 	    --prompt $$'import os\n\n\nclass' \
 	    --max-tokens 96 --temperature 0.7 --top-p 0.9 --seed 3
 
-test: $(STAMP)
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## a process for each core, at most 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: $(STAMP)  ## only looks
 	$(BIN)/ruff check

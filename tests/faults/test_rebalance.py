@@ -1,8 +1,7 @@
-"""Whatever ends while experts move: no stream notices, no layer is mixed, and the next plan is carried out."""
+"""Whatever ends while experts move: no stream notices, no layer is mixed, and the next plan is carried out.
+Other layouts: ``python -m tests.faults.soak --only shuffles``."""
 
 from __future__ import annotations
-
-import pytest
 
 from tests.faults.shuffles import Shuffles, balanced
 
@@ -26,9 +25,3 @@ async def test_coordinator_and_planner_may_be_killed_and_a_rank_stopped(mark: st
         await shuffles.kill_coordinator()
         await shuffles.stop_at_staging(1, ASLEEP_S)
         assert shuffles.done == ["planner", "coordinator", "stopped"]
-
-
-@pytest.mark.parametrize(("layout", "point", "rank"), [("pp2-dp2-ep", "commit", 3)])
-async def test_a_rank_may_be_killed_in_other_layouts(mark: str, layout: str, point: str, rank: int) -> None:
-    async with Shuffles.of(balanced(layout)) as shuffles:
-        await shuffles.kill_at(point, rank)

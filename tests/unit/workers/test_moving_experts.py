@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,15 +120,20 @@ def test_the_memory_of_buffers_is_taken_when_they_are_made_not_when_they_are_use
     like: Any = SimpleNamespace(
         moe=SimpleNamespace(experts=SimpleNamespace(gate_up=_virtual(2048, 1024), down=_virtual(1024, 1024)))
     )
-    before = _resident_bytes()
     pool = StagingPool(8, like)
     assert pool.nbytes == 8 * 3 * (1 << 20) * 4
-    assert _resident_bytes() - before > 0.9 * pool.nbytes
+    assert all(_is_resident(tensor) for number in range(8) for tensor in pool.buffer(number))
 
 
 def _virtual(rows: int, columns: int) -> Tensor:
     return torch.empty(1, rows, columns)
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+def _is_resident(tensor: Tensor) -> bool:
+    """Whether every page that lies within the tensor is in memory."""
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE
+    states = (ctypes.c_ubyte * pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(pages * mmap.PAGESIZE), states) == 0
+    return all(state & 1 for state in states)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from drumline.engine.bench.shuffle import LEAST_WINDOW_S, ShufflePlan, ShuffleReport, ShuffleResult, run
 from drumline.engine.client import AsyncEngine
+from drumline.engine.commands.plain_tables import plain_table, print_line
 from drumline.engine.commands.running import run_command, writing_stdout
 from drumline.engine.commands.start_progress import StartProgress
 from drumline.engine.config import EngineConfig, EPLBConfig, ParallelConfig
@@ -150,38 +151,27 @@ async def _run(configs: list[EngineConfig], plan: ShufflePlan) -> ShuffleReport:
 def show(report: ShuffleReport, console: Console) -> None:
     """Print it."""
     found = report.machine
-    _line(console, f"{report.model}; {found.cpu}, {found.cores} cores, Python {found.python}")
+    print_line(console, f"{report.model}; {found.cpu}, {found.cores} cores, Python {found.python}")
     for result in report.results:
-        _line(console, "")
-        _line(
+        print_line(console, "")
+        print_line(
             console,
             f"{result.ranks} ranks, data parallel {result.data_parallel_size}, expert parallel, "
             f"{result.num_redundant_experts} redundant experts, {result.policy}, {result.streams} streams, "
             f"{result.tokens_per_s:.0f} tokens/s",
         )
-        _line(
+        print_line(
             console,
             f"balancedness: prose {result.balancedness_start:.3f}, after its plans {result.balancedness_prose:.3f}; "
             f"code {result.balancedness_turned:.3f}, after its plans {result.balancedness_code:.3f}",
         )
         console.print(_plans(result))
-        _line(console, _moves(result))
+        print_line(console, _moves(result))
         console.print(_latencies(result))
 
 
-def _line(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for number, title in enumerate(columns):
-        table.add_column(title, justify="right" if number else "left", no_wrap=True)
-    return table
-
-
 def _plans(result: ShuffleResult) -> Table:
-    table = _table("plan", "outcome", "before", "planned", "after", "slots", "KiB", "layers", "s", "steps")
+    table = plain_table("plan", "outcome", "before", "planned", "after", "slots", "KiB", "layers", "s", "steps")
     for one in result.plans:
         balance = (one.balancedness_before, one.balancedness_planned, one.balancedness_after)
         table.add_row(
@@ -206,7 +196,7 @@ def _moves(result: ShuffleResult) -> str:
 
 
 def _latencies(result: ShuffleResult) -> Table:
-    table = _table("between tokens", "p50 ms", "p99 ms")
+    table = plain_table("between tokens", "p50 ms", "p99 ms")
     one = result.latency
     if one is not None:
         table.add_row("experts still", f"{one.p50_still_ms:.2f}", f"{one.p99_still_ms:.2f}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from drumline.engine.commands.plain_tables import plain_table, print_line
 from drumline.engine.testing.census import Census
 from drumline.engine.testing.chaos import ChaosReport
 
@@ -16,19 +17,19 @@ def show_report(report: ChaosReport, console: Console) -> None:
     """Print it."""
     minutes = report.seconds / 60
     happened = sum(count.happened for count in report.faults.values())
-    _say(
+    print_line(
         console,
         f"{report.model} on {report.ranks} ranks, {report.streams} streams, seed {report.seed}: "
         f"{happened} faults in {minutes:.1f} minutes",
     )
-    _say(
+    print_line(
         console,
         f"requests {report.requests}, tokens {report.tokens}; lost {report.lost}, repeated {report.duplicated}, "
         f"wrong {report.wrong}, ties {report.ties}; at the end {report.state_at_end}, journal {report.journal_at_end}",
     )
     if report.rebalances:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.rebalances.items()))
-        _say(console, f"rebalances of the experts: {counts}")
+        print_line(console, f"rebalances of the experts: {counts}")
     console.print(_recoveries(report))
     console.print(_holdings(report.at_start, report.at_end))
     not_seen = sum(count.not_seen for count in report.faults.values())
@@ -38,24 +39,13 @@ def show_report(report: ChaosReport, console: Console) -> None:
         ("faults that were not seen to happen", not_seen, report.not_seen),
     ):
         if lines:
-            _say(console, f"{title}, {number}, such as:" if number > _SHOWN else f"{title}, {number}:")
+            print_line(console, f"{title}, {number}, such as:" if number > _SHOWN else f"{title}, {number}:")
             for line in lines[:_SHOWN]:
-                _say(console, f"  {line}")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for number, title in enumerate(columns):
-        table.add_column(title, justify="right" if number else "left", no_wrap=True)
-    return table
+                print_line(console, f"  {line}")
 
 
 def _recoveries(report: ChaosReport) -> Table:
-    table = _table("fault", "happened", "not seen", "streams", "p50 s", "p99 s", "max s")
+    table = plain_table("fault", "happened", "not seen", "streams", "p50 s", "p99 s", "max s")
     for kind, count in report.faults.items():
         spread = report.recovery.get(kind)
         times = ("", "", "", "")
@@ -71,7 +61,7 @@ def _recoveries(report: ChaosReport) -> Table:
 
 
 def _holdings(start: Census, end: Census) -> Table:
-    table = _table("start > end", "processes", "RSS MiB", "threads", "descriptors", "sockets")
+    table = plain_table("start > end", "processes", "RSS MiB", "threads", "descriptors", "sockets")
     roles = [*sorted({*start.roles, *end.roles}), "total"]
     for role in roles:
         before = start.total if role == "total" else start.roles.get(role)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -118,15 +120,21 @@ def check_spares(runner: ModelRunner, spare: I32Matrix, whole: ModelRunner) -> N
                 assert torch.equal(down, whole.model.moe_layers[layer.number].experts.down[expert])
 
 
-def test_an_expert_that_only_a_buffer_holds_is_copied_from_there(checkpoints: Checkpoints) -> None:
-    """Rank 1 dies when its experts have come to rank 0's buffers: none is read again."""
-    folder = checkpoints("qwen3-moe")
+def changing_places(folder: Path) -> tuple[StagedThreads, StepDriver]:
+    """Two ranks that are about to change places in the first layer, with a stream to compute."""
     world = StagedThreads(folder, 2, 0)
     driver = world.epoch(world.placement, NO_FETCHES, world.slots, (0, 1))
     target = world.placement.copy()
     target[0] = [4, 5, 6, 7, 0, 1, 2, 3]
     world.move_to(target, parts=1)
     enter(driver, [mixed_streams(seed=2, max_tokens=60)[:1], []])
+    return world, driver
+
+
+def test_an_expert_that_only_a_buffer_holds_is_copied_from_there(checkpoints: Checkpoints) -> None:
+    """Rank 1 dies when its experts have come to rank 0's buffers: none is read again."""
+    folder = checkpoints("qwen3-moe")
+    world, driver = changing_places(folder)
     world.steps(driver, 1)
     driver.close()
     held = world.leave(0)
@@ -141,12 +149,7 @@ def test_an_expert_that_only_a_buffer_holds_is_copied_from_there(checkpoints: Ch
 
 def test_what_is_committed_and_not_home_is_put_into_its_slots_by_the_next_epoch(checkpoints: Checkpoints) -> None:
     folder = checkpoints("qwen3-moe")
-    world = StagedThreads(folder, 2, 0)
-    driver = world.epoch(world.placement, NO_FETCHES, world.slots, (0, 1))
-    target = world.placement.copy()
-    target[0] = [4, 5, 6, 7, 0, 1, 2, 3]
-    world.move_to(target, parts=1)
-    enter(driver, [mixed_streams(seed=2, max_tokens=60)[:1], []])
+    world, driver = changing_places(folder)
     world.steps(driver, 2)
     assert world.committed == 1
     driver.close()

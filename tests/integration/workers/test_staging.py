@@ -131,14 +131,22 @@ async def test_a_layer_that_no_rank_lacks_anything_of_is_staged_at_once_and_noth
     await stop(forkserver, coordinator, moving.pids)
 
 
-async def test_a_commit_of_what_is_not_whole_is_a_fault_before_anything_is_changed(
+async def on_the_move(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
-) -> None:
+) -> tuple[MovingRanks, dict[tuple[int, int], int]]:
+    """Two ranks that are about to change places in a layer, and the digests of their experts."""
     moving = MovingRanks(forkserver, coordinator, 2, 0)
     await moving.start(checkpoints("qwen3-moe"))
     digests: dict[tuple[int, int], int] = {}
     await moving.check(digests)
     moving.move_to(turned(moving.placement, 4), parts=1)
+    return moving, digests
+
+
+async def test_a_commit_of_what_is_not_whole_is_a_fault_before_anything_is_changed(
+    forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
+) -> None:
+    moving, digests = await on_the_move(forkserver, coordinator, checkpoints)
     await moving.compute()
     moving.send_step(Shuffle(1, commit=True))
     for rank in (0, 1):
@@ -158,11 +166,7 @@ async def test_a_commit_of_what_is_not_whole_is_a_fault_before_anything_is_chang
 async def test_what_has_come_from_a_rank_that_is_killed_is_kept_and_serves_the_next_epoch(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
 ) -> None:
-    moving = MovingRanks(forkserver, coordinator, 2, 0)
-    await moving.start(checkpoints("qwen3-moe"))
-    digests: dict[tuple[int, int], int] = {}
-    await moving.check(digests)
-    moving.move_to(turned(moving.placement, 4), parts=1)
+    moving, digests = await on_the_move(forkserver, coordinator, checkpoints)
     run = moving.run
     assert run is not None
     while run.due_at is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ from click.testing import CliRunner
 
 from drumline.engine.cli import main
 from tests.integration.engine.conftest import mark, runtime_root
+from tests.integration.engine.interrupts import interrupt_when_ready
 
 __all__ = ["mark", "runtime_root"]
 
@@ -37,13 +37,7 @@ def test_json_on_stdout_holds_plans_moves_and_latencies(mark: str) -> None:
 
 
 def test_an_interrupt_ends_everything_that_was_started(mark: str) -> None:
-    with subprocess.Popen([*COMMAND, "-dp", "2"], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        while "ready in" not in process.stderr.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        process.stderr.read()
-        assert process.wait(20.0) == 130
+    assert interrupt_when_ready([*COMMAND, "-dp", "2"]) == 130
 
 
 @pytest.mark.parametrize(

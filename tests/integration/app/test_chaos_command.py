@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 
 from tests.integration.engine.conftest import mark, runtime_root
+from tests.integration.engine.interrupts import interrupt_when_ready
 
 __all__ = ["mark", "runtime_root"]
 
@@ -30,10 +30,4 @@ def test_a_short_run_loses_nothing_and_says_what_it_did(mark: str) -> None:
 
 
 def test_an_interrupt_ends_everything_that_was_started(mark: str) -> None:
-    with subprocess.Popen([*COMMAND, "--minutes", "5"], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        while "ready in" not in process.stderr.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        process.stderr.read()
-        assert process.wait(20.0) == 130
+    assert interrupt_when_ready([*COMMAND, "--minutes", "5"]) == 130

@@ -134,7 +134,7 @@ async def test_a_layer_that_no_rank_lacks_anything_of_is_staged_at_once_and_noth
 async def on_the_move(
     forkserver: ForkServerProcess, coordinator: CoordinatorEnd, checkpoints: Checkpoints
 ) -> tuple[MovingRanks, dict[tuple[int, int], int]]:
-    """Two ranks that are about to change places in a layer, and the digests of their experts."""
+    """Two ranks that are about to change places in every layer, and the digests of their experts."""
     moving = MovingRanks(forkserver, coordinator, 2, 0)
     await moving.start(checkpoints("qwen3-moe"))
     digests: dict[tuple[int, int], int] = {}

@@ -107,12 +107,18 @@ class Shuffles:
     async def kill_after_the_commit(self, rank: int) -> None:
         """The first layer has its new experts, and they are on their way from the buffers to their slots."""
         async with self._moving("after the commit", "cancelled") as moving:
-            report = await moving()
-            deadline = time.monotonic() + WITHIN_S
-            while (await self._placement() == self.state.placement).all():
-                assert time.monotonic() < deadline, "no layer was committed"
-            await self.faulty.kill(rank)
-            await self._ended(report)
+            for _ in range(ATTEMPTS):
+                report = await moving()
+                deadline = time.monotonic() + WITHIN_S
+                while (await self._placement() == self.state.placement).all():
+                    assert time.monotonic() < deadline, "no layer was committed"
+                await self.faulty.kill(rank)
+                async with asyncio.timeout(WITHIN_S):
+                    outcome = (await report).outcome
+                if outcome != "moved":
+                    break
+                await self._was_over()
+            assert outcome == self._outcome
 
     async def stop_at_staging(self, rank: int, seconds: float) -> None:
         """The rank sleeps with parts of an expert on their way, and is replaced."""
@@ -136,9 +142,7 @@ class Shuffles:
                     (answer,) = await asyncio.gather(report, return_exceptions=True)
                 if isinstance(answer, BaseException):
                     break
-                # All had been moved by the time that the coordinator was killed.
-                await self.faulty.until_whole()
-                self.state = await self.watch.look()
+                await self._was_over()
             assert isinstance(answer, DrumlineError), answer
             assert answer.retryable, answer
 
@@ -187,6 +191,11 @@ class Shuffles:
         assert report.outcome == "moved", report
         self.state = await self.watch.look()
         assert (self.state.placement == wanted).all()
+
+    async def _was_over(self) -> None:
+        """All had been moved by the time of the death."""
+        await self.faulty.until_whole()
+        self.state = await self.watch.look()
 
     async def _ended(self, report: asyncio.Task[RebalanceReport]) -> None:
         async with asyncio.timeout(WITHIN_S):
